@@ -1,0 +1,29 @@
+"""Differentiable sparse least squares: one functional core, the same in torch and in JAX."""
+
+from funclsq.errors import ConvergenceError, ConvergenceWarning, FunclsqWarning, RankWarning
+from funclsq.factorize import Factorization, covariance, factorize
+from funclsq.lstsq import lstsq, solve
+from funclsq.matrix_free import LinearOperator
+from funclsq.pattern import SparsityPattern
+from funclsq.solution import Method, Solution, Status
+from funclsq.sparse import Sparse
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "Factorization",
+    "FunclsqWarning",
+    "LinearOperator",
+    "Method",
+    "RankWarning",
+    "Solution",
+    "Sparse",
+    "SparsityPattern",
+    "Status",
+    "covariance",
+    "factorize",
+    "lstsq",
+    "solve",
+]

@@ -1,0 +1,5 @@
+"""Sparse Cholesky backends behind one protocol."""
+
+from funclsq.backends.registry import Backend, Factor, NotPositive, Symbolic, available, backend
+
+__all__ = ["Backend", "Factor", "NotPositive", "Symbolic", "available", "backend"]

@@ -1,0 +1,111 @@
+"""The protocol of a sparse Cholesky backend, and which backends can be had here.
+
+A backend analyses the pattern of a Hermitian positive definite matrix once and factors any
+values on it. The pattern comes as full sorted CSC (both triangles, diagonal present), int32.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Protocol
+
+import numpy as np
+
+__all__ = ["ORDER", "Backend", "Factor", "NotPositive", "Symbolic", "available", "backend"]
+
+ORDER = ("rslab", "superlu", "cholmod", "pardiso")  # what "auto" tries, in this order
+
+
+class NotPositive(ArithmeticError):
+    """The matrix is not positive definite to working precision."""
+
+
+class Factor(Protocol):
+    """A numeric factor of one matrix; ``solve`` may be called from several threads."""
+
+    nbytes: int
+
+    def solve(self, rhs: np.ndarray) -> np.ndarray:
+        """Solve N X = rhs, (n, k) to (n, k)."""
+        ...
+
+    def positive(self) -> bool:
+        """Whether every pivot came out positive."""
+        ...
+
+
+class Symbolic(Protocol):
+    """The analysis of one pattern; ``factor`` may be called from several threads."""
+
+    def factor(self, data: np.ndarray) -> Factor:
+        """Factor the values ``data``, (nnz,), in the order of the analysed CSC pattern.
+
+        Raises
+        ------
+        NotPositive
+            If a pivot is zero (or negative, where the backend tells).
+        """
+        ...
+
+
+class Backend(Protocol):
+    """A module with a name, the dtypes it factors, and ``analyze``."""
+
+    NAME: str
+    DTYPES: frozenset[str]
+
+    def analyze(self, indptr: np.ndarray, indices: np.ndarray) -> Symbolic:
+        """Analyse a full sorted CSC pattern."""
+        ...
+
+
+_MODULES = {
+    "superlu": ("scipy", "superlu"),
+    "rslab": ("rslab", "rslab"),
+    "cholmod": ("sksparse", "cholmod"),
+    "pardiso": ("pypardiso", "pardiso"),
+}
+
+
+@functools.cache
+def _load(name: str) -> Backend | None:
+    requirement, module = _MODULES[name]
+    if importlib.util.find_spec(requirement) is None:
+        return None
+    try:
+        return importlib.import_module(f"funclsq.backends.{module}")  # type: ignore[return-value]
+    except (ImportError, OSError):  # present but unusable: a shared library is missing
+        return None
+
+
+def available() -> tuple[str, ...]:
+    """Return the names of the backends that can be used here."""
+    return tuple(name for name in _MODULES if _load(name) is not None)
+
+
+def backend(name: str | None, dtype: str = "float64") -> Backend:
+    """Return the named backend, or the first of ``ORDER`` that factors ``dtype``.
+
+    Raises
+    ------
+    ValueError
+        If the backend is unknown, not installed, or does not factor ``dtype``.
+    """
+    if name is None or name == "auto":
+        found = (_load(n) for n in ORDER)
+        return next(b for b in found if b is not None and dtype in b.DTYPES)
+    if name not in _MODULES:
+        raise ValueError(f"backend must be one of {sorted(_MODULES)} or None; got {name!r}.")
+    module = _load(name)
+    if module is None:
+        raise ValueError(
+            f"backend {name!r} needs the package {_MODULES[name][0]!r}, which is not usable here; "
+            f"install it, or use one of {available()}."
+        )
+    if dtype not in module.DTYPES:
+        raise ValueError(
+            f"backend {name!r} does not factor {dtype}; it factors {sorted(module.DTYPES)}. "
+            "Use backend='superlu'."
+        )
+    return module

@@ -1,0 +1,56 @@
+"""rslab: a supernodal L D L^T in Rust, with the analysis kept per pattern."""
+
+from __future__ import annotations
+
+import numpy as np
+import rslab
+import scipy.sparse
+
+from funclsq.backends.registry import NotPositive
+
+__all__ = ["DTYPES", "NAME", "analyze"]
+
+NAME = "rslab"
+DTYPES = frozenset({"float64", "float32"})  # its complex path is for A = A^T, not Hermitian
+
+
+class _Symbolic:
+    def __init__(self, indptr: np.ndarray, indices: np.ndarray) -> None:
+        n = indptr.size - 1
+        column = np.repeat(np.arange(n, dtype=indices.dtype), np.diff(indptr))
+        self._lower = np.flatnonzero(indices >= column)
+        counts = np.bincount(column[self._lower], minlength=n)
+        lower_indptr = np.concatenate(([0], np.cumsum(counts)))
+        ones = np.ones(self._lower.size)
+        pattern = scipy.sparse.csc_array(
+            (ones, indices[self._lower], lower_indptr), shape=(n, n)
+        )
+        self._symbolic = rslab.analyze(pattern, path="ldlt")
+
+    def factor(self, data: np.ndarray) -> _Factor:
+        """Factor values on the pattern."""
+        try:
+            return _Factor(self._symbolic.factor(data[self._lower]))
+        except RuntimeError as error:  # a pivot is numerically zero
+            raise NotPositive(str(error)) from None
+
+
+class _Factor:
+    def __init__(self, factor) -> None:
+        self._factor = factor
+        self.nbytes = int(factor.heap_bytes)
+
+    def solve(self, rhs: np.ndarray) -> np.ndarray:
+        """Solve for a block of columns."""
+        if rhs.shape[1] == 1:
+            return self._factor.solve(np.ascontiguousarray(rhs[:, 0]))[:, None]
+        return self._factor.solve_many(np.ascontiguousarray(rhs))
+
+    def positive(self) -> bool:
+        """Whether the inertia is (n, 0, 0)."""
+        return self._factor.inertia[0] == self._factor.n
+
+
+def analyze(indptr: np.ndarray, indices: np.ndarray) -> _Symbolic:
+    """Order the pattern and lay out its supernodes."""
+    return _Symbolic(indptr, indices)

@@ -1,0 +1,184 @@
+"""Factor once, solve often: a matrix kept ready, still differentiable in its values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funclsq import derivatives, raw
+from funclsq.inputs import Problem, canonical, settings
+
+__all__ = ["Factorization", "covariance", "factorize"]
+
+_COLUMNS = 256  # columns of the identity that covariance solves for at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Factorization:
+    """A matrix made ready for many right-hand sides; made by :func:`factorize`.
+
+    Differentiable in the right-hand sides and in the values, damp and weights that it was made
+    from. The factor is shared by every solve and derivative, and kept as long as this object.
+    """
+
+    _problem: Problem
+    _pin: Any
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of A."""
+        return self._problem.plan.structure.shape
+
+    def _apply(self, v: Tensor, rows: int, name: str, adjoint: bool) -> tuple[Tensor, ...]:
+        p = self._problem
+        vector = v.ndim == 1
+        block = v.unsqueeze(-1) if vector else v
+        if block.shape[-2] != rows:
+            raise ValueError(
+                f"{name}: needs {rows} rows for A {self.shape}; got shape {tuple(v.shape)}."
+            )
+        if v.dtype != p.b.dtype:
+            raise TypeError(f"{name}: needs dtype {p.b.dtype}; got {v.dtype}.")
+        flat = block
+        if p.lead:
+            flat = block.expand(*p.lead, *block.shape[-2:]).reshape(-1, *block.shape[-2:])
+        elif block.ndim > 2:
+            flat = block.flatten(0, -3)
+        c, g = (None, flat) if adjoint else (flat, None)
+        x, ax, _ = derivatives.solve(p.plan, p.w, p.d2, c, g, None, p.params, primary=not adjoint)
+        lead = p.lead or block.shape[:-2]
+
+        def back(t: Tensor) -> Tensor:
+            t = t.reshape(*lead, *t.shape[-2:])
+            return t.squeeze(-1) if vector else t
+
+        return back(x), back(ax)
+
+    def solve(self, b: Tensor) -> Tensor:
+        """argmin ||W^(1/2)(A x - b)||^2 + damp^2 ||x||^2 for b (m,) or (..., m, k)."""
+        return self._apply(b, self.shape[0], "Factorization.solve", adjoint=False)[0]
+
+    def adjoint(self, g: Tensor) -> Tensor:
+        """Apply the adjoint of :meth:`solve` to g (n,) or (..., n, k): W A G^+ g, (..., m, k).
+
+        For damp = 0 and no weights this is the minimum-norm solution of A^H y = g.
+        """
+        y = self._apply(g, self.shape[1], "Factorization.adjoint", adjoint=True)[1]
+        w = self._problem.w
+        if w is None:
+            return y
+        return w * y if g.ndim == 1 and w.ndim == 1 else w.unsqueeze(-1) * y
+
+    def solve_normal(self, g: Tensor) -> Tensor:
+        """G^+ g for g (n,) or (..., n, k), with G = A^H W A + damp^2."""
+        return self._apply(g, self.shape[1], "Factorization.solve_normal", adjoint=True)[0]
+
+
+def factorize(
+    A: Any,
+    *,
+    damp: float | Tensor = 0.0,
+    weights: Tensor | None = None,
+    solver: str | Callable[..., Any] = "auto",
+    rank: str | int = "auto",
+    rcond: float | None = None,
+    check_finite: bool = True,
+    **options: Any,
+) -> Factorization:
+    """Make A ready for many solves of min ||W^(1/2)(A x - b)||^2 + damp^2 ||x||^2.
+
+    Parameters
+    ----------
+    A, damp, weights, solver, rank, rcond, check_finite, **options
+        As in :func:`funclsq.lstsq`. ``solver="auto"`` means ``"cholesky"`` for a sparse matrix
+        on the CPU: what is kept should be a factor.
+
+    Returns
+    -------
+    Factorization
+        With ``solve(b)``, ``adjoint(g)`` and ``solve_normal(g)``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`funclsq.lstsq`.
+
+    Examples
+    --------
+    >>> import torch, funclsq as fl
+    >>> A = torch.tensor([[2.0, 0.0], [0.0, 4.0], [0.0, 0.0]], dtype=torch.float64)
+    >>> f = fl.factorize(A)
+    >>> f.solve(torch.tensor([2.0, 4.0, 1.0], dtype=torch.float64)).round(decimals=9)
+    tensor([1., 1.], dtype=torch.float64)
+    """
+    opts = settings("factorize", solver, rank=rank, rcond=rcond, **options)
+    b = _blank(A)
+    p = canonical("factorize", A, b, damp, weights, None, opts, "warn", check_finite)
+    sparse = p.plan.structure.kind == "sparse" and b.device.type == "cpu"
+    if solver == "auto" and sparse and min(p.plan.structure.shape) > 128:
+        opts = dataclasses.replace(opts, solver="cholesky")
+        p = canonical("factorize", A, b, damp, weights, None, opts, "warn", check_finite)
+    return Factorization(p, raw.pin(p.plan, p.params, p.w, p.d2))
+
+
+def _blank(A: Any) -> Tensor:
+    """A right-hand side without columns: it carries shape, dtype and device to the checks."""
+    shape = A.shape
+    if isinstance(A, Tensor):
+        like = A.detach()
+    elif hasattr(A, "values") and isinstance(A.values, Tensor):
+        like = A.values.detach()
+    elif getattr(A, "params", ()):
+        like = A.params[0].detach()
+    else:
+        like = torch.empty(0, dtype=torch.float64)
+    dtype = like.dtype if like.dtype.is_floating_point or like.dtype.is_complex else torch.float64
+    return torch.empty((shape[-2], 0), dtype=dtype, device=like.device)
+
+
+def covariance(f: Factorization, *, diag: bool = False) -> Tensor:
+    """(A^H W A + damp^2)^-1 of a factorised A of full column rank; its diagonal with ``diag``.
+
+    For weights 1 / variance this is the covariance of the estimated x; for unweighted data
+    multiply it by the residual variance ||b - A x||^2 / (m - n).
+
+    Parameters
+    ----------
+    f : Factorization
+        Of a matrix of full column rank (or damped).
+    diag : bool
+        Return the n variances only, without ever holding the (n, n) matrix.
+
+    Returns
+    -------
+    Tensor, shape (..., n, n) or (..., n), 1 / units of A^2
+        Differentiable in what f was made from. Cost: n solves with the factor, in blocks.
+
+    Raises
+    ------
+    ValueError
+        If A is rank deficient: then no covariance exists.
+    """
+    p = f._problem
+    n = f.shape[1]
+    deficient = raw.deficiency(f._pin)
+    if deficient:
+        raise ValueError(
+            "covariance: needs full column rank, and A is (or may be) rank deficient: its "
+            "null-space components have no variance. Remove columns, or add damp > 0; if you "
+            "know that the rank is full, pass rank='full' to factorize."
+        )
+    parts = []
+    for start in range(0, n, _COLUMNS):
+        stop = min(start + _COLUMNS, n)
+        block = torch.zeros((n, stop - start), dtype=p.b.dtype, device=p.b.device)
+        block[torch.arange(start, stop), torch.arange(stop - start)] = 1
+        columns = f.solve_normal(block)
+        if diag:
+            columns = columns[..., start:stop, :].diagonal(dim1=-2, dim2=-1).real
+        parts.append(columns)
+    return torch.cat(parts, -1) if parts else f.solve_normal(p.b.new_zeros((0, 0)))

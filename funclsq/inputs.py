@@ -1,0 +1,385 @@
+"""What users pass, checked once and brought to the shapes of the primitive."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from torch import Tensor
+
+from funclsq.matrix_free import LinearOperator
+from funclsq.operators import DenseStructure, SparseStructure
+from funclsq.raw import Plan
+from funclsq.solvers import registry
+from funclsq.solvers._protocol import Options
+from funclsq.sparse import Sparse
+from funclsq.torch_sparse import is_sparse, pattern_and_values
+
+__all__ = ["Problem", "canonical", "matrix", "settings"]
+
+_KINDS = (
+    "a torch tensor (dense, COO, CSR, CSC, BSR, BSC), a scipy.sparse matrix, funclsq.Sparse or "
+    "funclsq.LinearOperator"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Operands in the primitive's shapes, and how to bring the answer back.
+
+    ``lead`` are the batch dimensions of the answer, ``per_column`` says that every column is a
+    member of the batch (weights differ by column), ``vector`` that b was a vector.
+    """
+
+    plan: Plan
+    params: tuple[Tensor, ...]
+    w: Tensor | None
+    d2: Tensor | None
+    b: Tensor
+    x0: Tensor | None
+    lead: tuple[int, ...]
+    per_column: bool
+    vector: bool
+
+    def restore(self, x: Tensor) -> Tensor:
+        """(n, k) or (B, n, k) -> (*lead, n) or (*lead, n, k)."""
+        if self.per_column:
+            x = x.squeeze(-1).unflatten(0, (*self.lead, -1)).movedim(-2, -1)
+        elif self.lead:
+            x = x.unflatten(0, self.lead)
+        return x.squeeze(-1) if self.vector else x
+
+    def restore_info(self, info: Tensor) -> Tensor:
+        """(k, i) or (B, k, i) -> (*lead, i) or (*lead, k, i)."""
+        if self.per_column:
+            info = info.squeeze(-2).unflatten(0, (*self.lead, -1))
+        elif self.lead:
+            info = info.unflatten(0, self.lead)
+        return info.squeeze(-2) if self.vector else info
+
+
+def matrix(A: Any, name: str) -> tuple[Any, tuple[Tensor, ...], tuple[int, ...], str]:
+    """Split A into (structure, params, batch shape, layout)."""
+    if isinstance(A, Sparse):
+        if not isinstance(A.values, Tensor):
+            raise TypeError(
+                f"{name}: the values of A must be a torch tensor; got "
+                f"{type(A.values).__name__}. For JAX arrays use funclsq.jax.{name}."
+            )
+        _require_inexact(A.values, "A", name)
+        return SparseStructure(A.pattern), (A.values,), tuple(A.values.shape[:-1]), "csr"
+    if is_sparse(A):
+        _require_inexact(A, "A", name)
+        layout = "coo" if A.layout == torch.sparse_coo else "csr"
+        if A.ndim == 3 and A.layout in (torch.sparse_csr, torch.sparse_coo):
+            raise ValueError(
+                f"{name}: a batch of sparse matrices needs one pattern; got a sparse tensor of "
+                f"shape {tuple(A.shape)}. Pass funclsq.Sparse(pattern, values) with values "
+                "(B, nnz)."
+            )
+        pattern, values = pattern_and_values(A)
+        return SparseStructure(pattern), (values,), (), layout
+    if scipy.sparse.issparse(A):
+        A = Sparse.from_scipy(A)
+        return SparseStructure(A.pattern), (A.values,), (), "csr"
+    if isinstance(A, np.ndarray):
+        A = torch.from_numpy(A)
+    if isinstance(A, Tensor):
+        _require_inexact(A, "A", name)
+        if A.ndim < 2:
+            raise ValueError(
+                f"{name}: A must be a matrix (..., m, n); got shape {tuple(A.shape)}. Add the "
+                "missing dimension with A[:, None] or A[None]."
+            )
+        return DenseStructure(*A.shape[-2:]), (A,), tuple(A.shape[:-2]), "strided"
+    raise TypeError(f"{name}: A must be {_KINDS}; got {type(A).__name__}.")
+
+
+def _require_inexact(t: Any, what: str, name: str) -> None:
+    if not (t.dtype.is_floating_point or t.dtype.is_complex):
+        raise TypeError(
+            f"{name}: {what} must be floating point or complex; got {t.dtype}. Convert it with "
+            f"{what}.to(torch.float64)."
+        )
+    if t.dtype in (torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"{name}: {what} must be float32, float64, complex64 or complex128; got {t.dtype}. "
+            f"Convert it with {what}.float()."
+        )
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return {torch.complex64: torch.float32, torch.complex128: torch.float64}.get(dtype, dtype)
+
+
+def settings(name: str, solver: Any, **given: Any) -> Options:
+    """Check solver and settings, and freeze them."""
+    keywords: dict[str, Any] = {}
+    while isinstance(solver, functools.partial):
+        if solver.args:
+            raise TypeError(f"{name}: partial(solver, ...) may fix keyword arguments only.")
+        keywords = {**solver.keywords, **keywords}
+        solver = solver.func
+    own = getattr(solver, "funclsq_name", None)
+    if own is not None:
+        solver = own
+    elif keywords:
+        solver = functools.partial(solver, **keywords)
+        keywords = {}
+    if isinstance(solver, str):
+        if solver not in registry.NAMES:
+            raise ValueError(
+                f"{name}: solver must be one of {', '.join(registry.NAMES)} or a function "
+                f"solver(A, b); got {solver!r}."
+            )
+    elif not callable(solver):
+        raise TypeError(
+            f"{name}: solver must be a name or a function solver(A, b); got "
+            f"{type(solver).__name__}."
+        )
+    given = {**given, **keywords}
+    known = {f.name for f in dataclasses.fields(Options)} - {"solver"}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise TypeError(
+            f"{name}: unknown setting {unknown[0]!r}; the settings are {', '.join(sorted(known))}."
+        )
+    rank = given.get("rank", "auto")
+    if not (rank in ("auto", "full") or (isinstance(rank, int) and rank >= 0)):
+        raise ValueError(f"{name}: rank must be 'auto', 'full' or an int >= 0; got {rank!r}.")
+    for key in ("atol", "btol", "rcond", "conlim"):
+        value = given.get(key)
+        if value is not None and not (isinstance(value, (int, float)) and value >= 0):
+            raise ValueError(f"{name}: {key} must be a number >= 0 or None; got {value!r}.")
+    maxiter = given.get("maxiter")
+    if maxiter is not None and not (isinstance(maxiter, int) and maxiter >= 0):
+        raise ValueError(f"{name}: maxiter must be an int >= 0 or None; got {maxiter!r}.")
+    return Options(solver=solver, **given)
+
+
+def canonical(
+    name: str,
+    A: Any,
+    b: Any,
+    damp: Any,
+    weights: Any,
+    x0: Any,
+    options: Options,
+    on_failure: str,
+    check_finite: bool,
+) -> Problem:
+    """Check everything that shapes, dtypes and devices can tell, before any work."""
+    if on_failure not in ("warn", "raise", "ignore"):
+        raise ValueError(
+            f"{name}: on_failure must be 'warn', 'raise' or 'ignore'; got {on_failure!r}."
+        )
+    b = _tensor(b, "b", name)
+    _require_inexact(b, "b", name)
+    if isinstance(A, LinearOperator):
+        structure: Any = A.structure(b.dtype, b.device)
+        params, lead_a, layout = A.params, (), "operator"
+    else:
+        structure, params, lead_a, layout = matrix(A, name)
+        _same(params[0], b, "A", "b", name)
+    m, n = structure.shape
+    vector = b.ndim == 1
+    if b.ndim == 0:
+        raise ValueError(f"{name}: b must have shape ({m},) or (..., {m}, k); got a scalar.")
+    rows = b.shape[0] if vector else b.shape[-2]
+    if rows != m:
+        raise ValueError(
+            f"{name}: b must have {m} rows, one per row of A {(m, n)}; got shape "
+            f"{tuple(b.shape)}. Pass b with shape ({m},) or ({m}, k)."
+        )
+    block = b.unsqueeze(-1) if vector else b
+    k = block.shape[-1]
+    w, w_lead, per_column = _weights(weights, b, m, k, vector, name)
+    d2, d_lead, damped = _damp(damp, b, n, name)
+    start = _start(x0, b, n, k, vector, name)
+    lead = torch.broadcast_shapes(
+        lead_a, block.shape[:-2], w_lead, d_lead, () if start is None else start.shape[:-2]
+    )
+    full = lead if not per_column else (*lead, k)
+    if per_column:
+        block = block.movedim(-1, -2).unsqueeze(-1)
+        start = None if start is None else start.movedim(-1, -2).unsqueeze(-1)
+        params = tuple(p.unsqueeze(p.ndim - d) for p, d in zip(params, structure.param_ndims))
+        d2 = None if d2 is None or d2.ndim == 1 else d2.unsqueeze(-2)
+        lead_a = (*lead_a, 1) if lead_a else ()
+    params = tuple(
+        _flat(p.reshape(*p.shape[p.ndim - d :]) if not lead_a else p, full, d)
+        for p, d in zip(params, structure.param_ndims)
+    )
+    plan = Plan.of(
+        structure,
+        dataclasses.replace(options, extra=(*options.extra, ("layout", layout), ("vector", vector)))
+        if callable(options.solver)
+        else options,
+        _full_column_rank(options.rank, m, n, name),
+        damped,
+        on_failure,
+        check_finite,
+    )
+    return Problem(
+        plan,
+        params,
+        _flat(w, full, 1),
+        _flat(d2, full, 1),
+        _flat(block, full, 2),
+        _flat(start, full, 2),
+        lead,
+        per_column,
+        vector,
+    )
+
+
+def _flat(t: Tensor | None, lead: tuple[int, ...], core: int) -> Tensor | None:
+    """Broadcast the batch of t to ``lead`` and flatten it; an operand without batch stays so."""
+    if t is None or t.ndim == core:
+        return t
+    return t.expand(*lead, *t.shape[t.ndim - core :]).reshape(
+        math.prod(lead), *t.shape[t.ndim - core :]
+    )
+
+
+def _full_column_rank(rank: str | int, m: int, n: int, name: str) -> bool:
+    if isinstance(rank, int) and rank > min(m, n):
+        raise ValueError(
+            f"{name}: rank must be at most min(m, n) = {min(m, n)} for A {(m, n)}; got {rank}."
+        )
+    return m >= n and rank in ("full", n)
+
+
+def _tensor(t: Any, what: str, name: str) -> Tensor:
+    if isinstance(t, np.ndarray):
+        t = torch.from_numpy(t)
+    if not isinstance(t, Tensor):
+        raise TypeError(
+            f"{name}: {what} must be a torch tensor; got {type(t).__name__}. For JAX arrays use "
+            "funclsq.jax."
+        )
+    if is_sparse(t):
+        raise TypeError(f"{name}: {what} must be dense; got layout {t.layout}. Call .to_dense().")
+    return t
+
+
+def _same(a: Tensor, b: Tensor, what: str, other: str, name: str) -> None:
+    if a.dtype != b.dtype:
+        raise TypeError(
+            f"{name}: {what} and {other} must have one dtype; got {a.dtype} and {b.dtype}. "
+            f"Convert one with .to({b.dtype})."
+        )
+    if a.device != b.device:
+        raise ValueError(
+            f"{name}: {what} and {other} must be on one device; got {a.device} and {b.device}. "
+            f"Move one with .to({str(b.device)!r})."
+        )
+
+
+def _weights(weights, b, m, k, vector, name):
+    """Weights as (..., m), their batch shape, and whether they differ by column."""
+    if weights is None:
+        return None, (), False
+    w = _tensor(weights, "weights", name)
+    if w.dtype.is_complex:
+        raise TypeError(f"{name}: weights must be real; got {w.dtype}.")
+    _require_inexact(w, "weights", name)
+    _require_real_like(w, b, "weights", name)
+    _require_not_negative(w, "weights", name)
+    if w.ndim == 1 and w.shape[0] == m:
+        return w, (), False
+    if w.ndim >= 2 and w.shape[-2] == m and w.shape[-1] in ((1,) if vector else (1, k)):
+        if w.shape[-1] == 1:
+            w = w.squeeze(-1)
+            return w, tuple(w.shape[:-1]), False
+        w = w.movedim(-1, -2)
+        return w, tuple(w.shape[:-2]), True
+    raise ValueError(
+        f"{name}: weights must have shape ({m},), one per row"
+        f"{'' if vector else f', or (..., {m}, {k}), one per row and column'}; got "
+        f"{tuple(w.shape)}."
+    )
+
+
+def _require_real_like(t: Tensor, b: Tensor, what: str, name: str) -> None:
+    if t.dtype != _real(b.dtype):
+        raise TypeError(
+            f"{name}: {what} must have dtype {_real(b.dtype)} beside b of {b.dtype}; got "
+            f"{t.dtype}. Convert it with .to({_real(b.dtype)})."
+        )
+    if t.device != b.device:
+        raise ValueError(
+            f"{name}: {what} must be on the device of b, {b.device}; got {t.device}."
+        )
+
+
+def _require_not_negative(t: Tensor, what: str, name: str) -> None:
+    """Look at the data under every transform; tracing cannot be looked through."""
+    if torch.compiler.is_compiling() or torch.fx.experimental.proxy_tensor.get_proxy_mode():
+        return
+    t = t.detach()
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    if bool((t < 0).any()):
+        raise ValueError(
+            f"{name}: {what} must not be negative; got a smallest entry of {float(t.min()):.3g}. "
+            f"Pass {what} >= 0."
+        )
+
+
+def _damp(damp, b, n, name):
+    """damp^2 as (..., n) or None, its batch shape, and whether it is statically positive."""
+    if isinstance(damp, bool) or isinstance(damp, complex):
+        raise TypeError(f"{name}: damp must be a real number or tensor; got {damp!r}.")
+    if isinstance(damp, np.ndarray):
+        damp = torch.from_numpy(damp)
+    if isinstance(damp, (int, float, np.floating, np.integer)):
+        if not math.isfinite(damp) or damp < 0:
+            raise ValueError(f"{name}: damp must be finite and >= 0; got {damp}.")
+        if damp == 0:
+            return None, (), False
+        square = torch.full((n,), float(damp) ** 2, dtype=_real(b.dtype), device=b.device)
+        return square, (), True
+    if not isinstance(damp, Tensor):
+        raise TypeError(
+            f"{name}: damp must be a real number or tensor; got {type(damp).__name__}."
+        )
+    if damp.dtype.is_complex:
+        raise TypeError(f"{name}: damp must be real; got {damp.dtype}.")
+    _require_inexact(damp, "damp", name)
+    _require_real_like(damp, b, "damp", name)
+    if damp.ndim and damp.shape[-1] not in (1, n):
+        raise ValueError(
+            f"{name}: damp must be a scalar or have shape ({n},), one per column of A; got "
+            f"{tuple(damp.shape)}."
+        )
+    _require_not_negative(damp, "damp", name)
+    square = damp**2
+    lead = tuple(square.shape[:-1]) if square.ndim > 1 else ()
+    return square.expand(*lead, n), lead, False
+
+
+def _start(x0, b, n, k, vector, name):
+    """x0 as (..., n, k)."""
+    if x0 is None:
+        return None
+    x0 = _tensor(x0, "x0", name)
+    _same(x0, b, "x0", "b", name)
+    if vector:
+        if x0.ndim == 0 or x0.shape[-1] != n:
+            raise ValueError(
+                f"{name}: x0 must have shape ({n},), one per column of A; got {tuple(x0.shape)}."
+            )
+        return x0.unsqueeze(-1)
+    if x0.ndim == 1 and x0.shape[0] == n:
+        return x0.unsqueeze(-1).expand(n, k)
+    if x0.ndim < 2 or x0.shape[-2] != n or x0.shape[-1] not in (1, k):
+        raise ValueError(
+            f"{name}: x0 must have shape ({n},) or (..., {n}, {k}); got {tuple(x0.shape)}."
+        )
+    return x0.expand(*x0.shape[:-1], k)

@@ -1,0 +1,378 @@
+"""The matrix as solvers see it: products with A and A^H on plain tensors, no autograd.
+
+A *structure* is static and hashable (a sparsity pattern, a dense shape, a pair of functions); a
+structure bound to parameter tensors is an *operator*. Vectors come as blocks of columns, (n, k),
+or (B, n, k) where the parameters carry a batch dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from funclsq.pattern import SparsityPattern
+from funclsq.products import csr_mm, csr_tensor, sddmm_csr
+
+__all__ = [
+    "DenseOp",
+    "DenseStructure",
+    "Operator",
+    "ScaledOp",
+    "SparseOp",
+    "SparseStructure",
+    "StackedOp",
+    "column_scale",
+]
+
+
+class Operator(Protocol):
+    """A linear operator on blocks of columns."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    batch: int | None
+
+    def mv(self, X: Tensor, out: Tensor | None = None) -> Tensor:
+        """Y = A X."""
+        ...
+
+    def rmv(self, Y: Tensor, out: Tensor | None = None) -> Tensor:
+        """X = A^H Y."""
+        ...
+
+    def scaled(self, row: Tensor | None = None, col: Tensor | None = None) -> Operator:
+        """Return diag(row) A diag(col)."""
+        ...
+
+    def column_norms(self) -> Tensor | None:
+        """2-norms of the columns, or None where they cannot be had cheaply."""
+        ...
+
+
+def _batch_of(*sizes: int | None) -> int | None:
+    return next((s for s in sizes if s is not None), None)
+
+
+def _leading(t: Tensor | None, core: int) -> int | None:
+    return None if t is None or t.ndim == core else t.shape[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseStructure:
+    """Structure of a matrix given by one value per stored entry of a pattern."""
+
+    pattern: SparsityPattern
+    param_ndims = (1,)
+    kind = "sparse"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.pattern.shape
+
+    def bind(self, params: tuple[Tensor, ...]) -> SparseOp:
+        """Attach values, (nnz,) or (B, nnz) in the entry order of the pattern."""
+        return SparseOp(self.pattern, entries_to_csr(self.pattern, params[0]))
+
+    def outer(self, params: tuple[Tensor, ...], U: Tensor, V: Tensor) -> tuple[Tensor]:
+        """Sample U V^H at the stored entries; shaped like the values."""
+        return (sddmm(self.pattern, U, V, batched=params[0].ndim == 2),)
+
+
+def entries_to_csr(pattern: SparsityPattern, values: Tensor) -> Tensor:
+    """Bring values in entry order to canonical CSR order, repeated entries summed."""
+    order = pattern.tensor("order", values.device)
+    if order is not None:
+        values = values.index_select(-1, order)
+    slot = pattern.tensor("slot", values.device)
+    if slot is not None:
+        out = values.new_zeros((*values.shape[:-1], pattern.nnz_unique))
+        values = out.index_add_(-1, slot, values)
+    return values
+
+
+def csr_to_entries(pattern: SparsityPattern, csr_values: Tensor) -> Tensor:
+    """Read CSR slots back in entry order (the adjoint of :func:`entries_to_csr`)."""
+    index = pattern.tensor("inverse_order", csr_values.device)
+    return csr_values if index is None else csr_values.index_select(-1, index)
+
+
+def sddmm(pattern: SparsityPattern, U: Tensor, V: Tensor, batched: bool) -> Tensor:
+    """sum_k U[row, k] conj(V[col, k]) at each entry; summed over members unless ``batched``."""
+    if U.ndim == 3 and not batched:
+        U, V = (t.movedim(0, 1).reshape(t.shape[1], -1) for t in (U, V))
+    if U.ndim == 2:
+        out = sddmm_csr(_csr(pattern, U.dtype, U.device), U, V)
+    else:
+        count = U.shape[0]
+        if count == 0:
+            return U.new_zeros((0, pattern.nnz))
+        whole = _csr(pattern.repeated(count), U.dtype, U.device)
+        out = sddmm_csr(whole, U.flatten(0, 1), V.flatten(0, 1)).view(count, -1)
+    return csr_to_entries(pattern, out)
+
+
+def _csr(pattern: SparsityPattern, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The pattern as a CSR tensor of zeros (kept: MKL reads the values even at beta = 0)."""
+    key = ("zeros", dtype, device)
+    found = pattern.cache.get(key)
+    if found is None:
+        indptr, indices = pattern.tensor("indptr", device), pattern.tensor("indices", device)
+        values = torch.zeros(pattern.nnz_unique, dtype=dtype, device=device)
+        found = pattern.cache[key] = csr_tensor(indptr, indices, values, pattern.shape)
+    return found
+
+
+class SparseOp:
+    """A sparse operator: one CSR of A and, from first use, one of A^H."""
+
+    def __init__(self, pattern: SparsityPattern, csr_values: Tensor) -> None:
+        self.pattern = pattern
+        self.csr_values = csr_values
+        self.shape = pattern.shape
+        self.dtype, self.device = csr_values.dtype, csr_values.device
+        self.batch = _leading(csr_values, 1)
+        self._forward: Tensor | None = None
+        self._adjoint: Tensor | None = None
+
+    def _whole(self) -> SparsityPattern:
+        return self.pattern if self.batch is None else self.pattern.repeated(self.batch)
+
+    def matrix(self) -> Tensor:
+        """CSR tensor of A (block diagonal over a batch)."""
+        if self._forward is None:
+            p = self._whole()
+            self._forward = csr_tensor(
+                p.tensor("indptr", self.device),
+                p.tensor("indices", self.device),
+                self.csr_values.reshape(-1),
+                p.shape,
+            )
+        return self._forward
+
+    def adjoint_matrix(self) -> Tensor:
+        """CSR tensor of A^H (block diagonal over a batch)."""
+        if self._adjoint is None:
+            p = self._whole()
+            values = self.csr_values.reshape(-1).index_select(0, p.tensor("t_perm", self.device))
+            self._adjoint = csr_tensor(
+                p.tensor("t_indptr", self.device),
+                p.tensor("t_indices", self.device),
+                values.conj().resolve_conj() if values.is_complex() else values,
+                p.shape[::-1],
+            )
+        return self._adjoint
+
+    def _apply(self, matrix: Callable[[], Tensor], X: Tensor, out: Tensor | None, size: int):
+        if self.batch is None:
+            if X.ndim == 2:
+                return csr_mm(matrix(), X, out)
+            folded = X.movedim(0, 1).reshape(X.shape[1], -1)
+            result = csr_mm(matrix(), folded).reshape(size, X.shape[0], -1).movedim(1, 0)
+        else:
+            X = X.expand(self.batch, *X.shape[-2:])
+            k = X.shape[-1]
+            if self.batch == 0 or k == 0:
+                result = X.new_zeros((self.batch, size, k))
+            else:
+                flat = X.reshape(-1, k)
+                into = None if out is None else out.view(-1, k)
+                result = csr_mm(matrix(), flat, into).view(self.batch, size, k)
+                if out is not None:
+                    return out
+        return result if out is None else out.copy_(result)
+
+    def mv(self, X: Tensor, out: Tensor | None = None) -> Tensor:
+        """Y = A X."""
+        return self._apply(self.matrix, X, out, self.shape[0])
+
+    def rmv(self, Y: Tensor, out: Tensor | None = None) -> Tensor:
+        """X = A^H Y."""
+        return self._apply(self.adjoint_matrix, Y, out, self.shape[1])
+
+    def scaled(self, row: Tensor | None = None, col: Tensor | None = None) -> SparseOp:
+        """Return diag(row) A diag(col)."""
+        values = self.csr_values
+        if row is not None:
+            values = values * row.index_select(-1, self.pattern.tensor("csr_rows", self.device))
+        if col is not None:
+            values = values * col.index_select(-1, self.pattern.tensor("indices", self.device))
+        return SparseOp(self.pattern, values)
+
+    def column_norms(self) -> Tensor:
+        """2-norms of the columns, safe from overflow."""
+        size = self.csr_values.abs()
+        index = self.pattern.tensor("indices", self.device).long().expand_as(size)
+        shape = (*size.shape[:-1], self.shape[1])
+        top = size.new_zeros(shape).scatter_reduce_(-1, index, size, "amax")
+        unit = torch.where(top > 0, top, torch.ones_like(top))
+        part = (size / unit.gather(-1, index)) ** 2
+        return top * size.new_zeros(shape).scatter_add_(-1, index, part).sqrt()
+
+    def dense(self) -> Tensor:
+        """The matrix as a strided tensor, (m, n) or (B, m, n)."""
+        lead = self.csr_values.shape[:-1]
+        out = self.csr_values.new_zeros((*lead, self.shape[0] * self.shape[1]))
+        rows = self.pattern.tensor("csr_rows", self.device).long()
+        flat = rows * self.shape[1] + self.pattern.tensor("indices", self.device)
+        out.index_copy_(-1, flat, self.csr_values)
+        return out.view(*lead, *self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseStructure:
+    """Structure of a strided matrix."""
+
+    m: int
+    n: int
+    param_ndims = (2,)
+    kind = "dense"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return (self.m, self.n)
+
+    def bind(self, params: tuple[Tensor, ...]) -> DenseOp:
+        """Attach the matrix, (m, n) or (B, m, n)."""
+        return DenseOp(params[0])
+
+
+class DenseOp:
+    """A dense operator."""
+
+    def __init__(self, A: Tensor) -> None:
+        self.A = A
+        self.shape = (A.shape[-2], A.shape[-1])
+        self.dtype, self.device = A.dtype, A.device
+        self.batch = _leading(A, 2)
+
+    def mv(self, X: Tensor, out: Tensor | None = None) -> Tensor:
+        """Y = A X."""
+        return torch.matmul(self.A, X, out=out)
+
+    def rmv(self, Y: Tensor, out: Tensor | None = None) -> Tensor:
+        """X = A^H Y."""
+        return torch.matmul(self.A.mH, Y, out=out)
+
+    def scaled(self, row: Tensor | None = None, col: Tensor | None = None) -> DenseOp:
+        """Return diag(row) A diag(col)."""
+        A = self.A
+        if row is not None:
+            A = A * row.unsqueeze(-1)
+        if col is not None:
+            A = A * col.unsqueeze(-2)
+        return DenseOp(A)
+
+    def column_norms(self) -> Tensor:
+        """2-norms of the columns, safe from overflow."""
+        if self.shape[0] == 0:
+            return self.A.new_zeros((*self.A.shape[:-2], self.shape[1])).abs()
+        size = self.A.abs()
+        top = size.amax(-2, keepdim=True)
+        unit = torch.where(top > 0, top, torch.ones_like(top))
+        return (top * torch.linalg.vector_norm(size / unit, dim=-2, keepdim=True)).squeeze(-2)
+
+    def dense(self) -> Tensor:
+        """The matrix itself."""
+        return self.A
+
+
+class ScaledOp:
+    """diag(row) A diag(col) for an operator whose entries are not at hand."""
+
+    def __init__(self, op: Operator, row: Tensor | None, col: Tensor | None) -> None:
+        self.op, self.row, self.col = op, row, col
+        self.shape, self.dtype, self.device = op.shape, op.dtype, op.device
+        self.batch = _batch_of(op.batch, _leading(row, 1), _leading(col, 1))
+
+    def mv(self, X: Tensor, out: Tensor | None = None) -> Tensor:
+        """Y = diag(row) A diag(col) X."""
+        Y = self.op.mv(X if self.col is None else self.col.unsqueeze(-1) * X)
+        return _into(Y if self.row is None else self.row.unsqueeze(-1) * Y, out)
+
+    def rmv(self, Y: Tensor, out: Tensor | None = None) -> Tensor:
+        """X = diag(col) A^H diag(row) Y."""
+        X = self.op.rmv(Y if self.row is None else self.row.unsqueeze(-1) * Y)
+        return _into(X if self.col is None else self.col.unsqueeze(-1) * X, out)
+
+    def scaled(self, row: Tensor | None = None, col: Tensor | None = None) -> ScaledOp:
+        """Return diag(row) A diag(col)."""
+        return ScaledOp(self.op, _times(self.row, row), _times(self.col, col))
+
+    def column_norms(self) -> None:
+        """Not known."""
+        return None
+
+
+class StackedOp:
+    """[A; diag(damp)], of shape (m + n, n): damping as extra rows."""
+
+    def __init__(self, op: Operator, damp: Tensor) -> None:
+        self.op, self.damp = op, damp
+        m, n = op.shape
+        self.shape = (m + n, n)
+        self.dtype, self.device = op.dtype, op.device
+        self.batch = _batch_of(op.batch, _leading(damp, 1))
+
+    def mv(self, X: Tensor, out: Tensor | None = None) -> Tensor:
+        """Y = [A X; damp X]."""
+        m = self.op.shape[0]
+        if self.batch is not None and X.ndim == 2:
+            X = X.expand(self.batch, *X.shape)
+        if out is None:
+            out = X.new_empty((*X.shape[:-2], *(self.shape[0], X.shape[-1])))
+        out[..., :m, :] = self.op.mv(X)
+        torch.mul(self.damp.unsqueeze(-1), X, out=out[..., m:, :])
+        return out
+
+    def rmv(self, Y: Tensor, out: Tensor | None = None) -> Tensor:
+        """X = A^H Y1 + damp Y2."""
+        m = self.op.shape[0]
+        if self.batch is not None and Y.ndim == 2:
+            Y = Y.expand(self.batch, *Y.shape)
+        X = self.op.rmv(Y[..., :m, :].contiguous())
+        return _into(X + self.damp.unsqueeze(-1) * Y[..., m:, :], out)
+
+    def scaled(self, row: Tensor | None = None, col: Tensor | None = None) -> Any:
+        """Return [A; diag(damp)] diag(col); rows are not scaled."""
+        if row is not None:
+            raise ValueError("StackedOp.scaled: only columns can be scaled")
+        if col is None:
+            return self
+        return StackedOp(self.op.scaled(col=col), self.damp * col)
+
+    def column_norms(self) -> Tensor | None:
+        """2-norms of the columns of [A; diag(damp)]."""
+        norms = self.op.column_norms()
+        return None if norms is None else torch.hypot(*torch.broadcast_tensors(norms, self.damp))
+
+    def dense(self) -> Tensor:
+        """The stacked matrix as a strided tensor."""
+        A = self.op.dense()
+        D = torch.diag_embed(self.damp).to(A.dtype)
+        lead = torch.broadcast_shapes(A.shape[:-2], D.shape[:-2])
+        return torch.cat((A.expand(*lead, *A.shape[-2:]), D.expand(*lead, *D.shape[-2:])), -2)
+
+
+def column_scale(op: Operator) -> Tensor | None:
+    """1 / column norm, 1 for zero columns; None where the norms are not known."""
+    norms = op.column_norms()
+    if norms is None:
+        return None
+    return torch.where(norms > 0, 1 / norms, torch.ones_like(norms))
+
+
+def _into(value: Tensor, out: Tensor | None) -> Tensor:
+    return value if out is None else out.copy_(value)
+
+
+def _times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return a if b is None else b
+    return a * b

@@ -1,0 +1,64 @@
+"""Raw sparse products: CSR times a block of columns, and the sampled outer product (SDDMM).
+
+Kernels on plain tensors; nothing here is recorded by autograd or seen by torch.func.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+import torch
+from torch import Tensor
+
+__all__ = ["csr_mm", "csr_tensor", "sddmm_csr"]
+
+COLUMN_BLOCK = 8  # torch's CSR product slows down erratically beyond this many columns
+_lock = threading.Lock()
+_announced = False
+
+
+def csr_tensor(indptr: Tensor, indices: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Wrap CSR arrays (trusted: made by a SparsityPattern) as a torch tensor, without a copy."""
+    global _announced
+    if not _announced:  # torch says once per process that CSR is in beta
+        with _lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            out = torch.sparse_csr_tensor(indptr, indices, values, shape, check_invariants=False)
+            _announced = True
+            return out
+    return torch.sparse_csr_tensor(indptr, indices, values, shape, check_invariants=False)
+
+
+def csr_mm(matrix: Tensor, X: Tensor, out: Tensor | None = None) -> Tensor:
+    """Y = A X for CSR A (m, n) and X (n, k), in blocks of columns.
+
+    Cost: 2 nnz k flops; reads the values and indices once per block of 8 columns.
+    """
+    m, n = matrix.shape
+    k = X.shape[1]
+    if matrix._nnz() == 0 or k == 0 or m == 0:
+        return X.new_zeros((m, k)) if out is None else out.zero_()
+    if k == 1 and X.stride(0) == 1 and out is None:
+        return torch.mv(matrix, X[:, 0]).unsqueeze(1)
+    if k <= COLUMN_BLOCK or matrix.is_cuda:
+        if out is None:
+            return torch.mm(matrix, X)
+        return torch.addmm(out, matrix, X, beta=0, out=out)
+    if out is None:
+        out = X.new_empty((m, k))
+    for start in range(0, k, COLUMN_BLOCK):
+        stop = min(start + COLUMN_BLOCK, k)
+        out[:, start:stop] = torch.mm(matrix, X[:, start:stop].contiguous())
+    return out
+
+
+def sddmm_csr(matrix: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """Entries of U V^H at the stored positions of a CSR matrix: sum_k U[i, k] conj(V[j, k]).
+
+    Memory: nothing of size nnz x k is made. Cost: 2 nnz k flops.
+    """
+    if matrix._nnz() == 0 or U.shape[1] == 0:
+        return U.new_zeros(matrix._nnz())
+    Vh = V.conj().resolve_conj() if V.is_complex() else V
+    return torch.sparse.sampled_addmm(matrix, U.contiguous(), Vh.contiguous().T, beta=0.0).values()

@@ -1,0 +1,192 @@
+"""What a solve returns: the solution, why it stopped, and what was learnt about A on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import torch
+from torch import Tensor
+
+__all__ = ["Method", "Solution", "Status"]
+
+
+class Status(enum.IntEnum):
+    """Why a solve stopped. ``Status.advice`` says it in words, with what to do."""
+
+    START_SOLVES = 0
+    RESIDUAL_SMALL = 1
+    NORMAL_RESIDUAL_SMALL = 2
+    CONDITION_LIMIT = 3
+    RESIDUAL_AT_EPS = 4
+    NORMAL_RESIDUAL_AT_EPS = 5
+    CONDITION_AT_EPS = 6
+    MAXITER = 7
+    DIRECT = 8
+    STAGNATED = 9
+    INACCURATE = 10
+    NONFINITE = 11
+    DIVERGED = 12
+    INTERRUPTED = 13
+    SKIPPED = 14
+
+    @property
+    def converged(self) -> bool:
+        """Whether x meets the tolerance that was asked for."""
+        return self in _CONVERGED
+
+    @property
+    def advice(self) -> str:
+        """What happened, in words, and what to do about it."""
+        return _ADVICE[self]
+
+
+_CONVERGED = frozenset(
+    {
+        Status.START_SOLVES,
+        Status.RESIDUAL_SMALL,
+        Status.NORMAL_RESIDUAL_SMALL,
+        Status.RESIDUAL_AT_EPS,
+        Status.NORMAL_RESIDUAL_AT_EPS,
+        Status.DIRECT,
+        Status.SKIPPED,
+    }
+)
+
+_ADVICE = {
+    Status.START_SOLVES: "the starting point already solves the problem; no iteration was made",
+    Status.RESIDUAL_SMALL: "A x = b holds to the tolerances atol and btol",
+    Status.NORMAL_RESIDUAL_SMALL: "x solves the least-squares problem to the tolerance atol",
+    Status.CONDITION_LIMIT: (
+        "the estimate of cond(A) passed conlim: raise conlim, add damp, or use a direct solver"
+    ),
+    Status.RESIDUAL_AT_EPS: "A x = b holds to the rounding of this dtype",
+    Status.NORMAL_RESIDUAL_AT_EPS: "x solves the least-squares problem to rounding",
+    Status.CONDITION_AT_EPS: (
+        "cond(A) is as large as this dtype can tell: add damp, use float64 or a direct solver"
+    ),
+    Status.MAXITER: (
+        "the iteration limit was reached: raise maxiter, loosen atol and btol, add damp, or use "
+        "solver='cholesky'"
+    ),
+    Status.DIRECT: "solved by a factorisation",
+    Status.STAGNATED: (
+        "the residual of the normal equations stopped falling above the tolerance: loosen atol, "
+        "use float64, or use solver='cholesky' or 'svd'"
+    ),
+    Status.INACCURATE: (
+        "the factorisation could not be refined to the accuracy of this dtype; A is close to "
+        "rank deficient: add damp, use float64, or use solver='svd'"
+    ),
+    Status.NONFINITE: "overflow or an invalid operation made the result non-finite: rescale A or b",
+    Status.DIVERGED: "the iteration grew without bound: use a smaller step",
+    Status.INTERRUPTED: "the solve was interrupted",
+    Status.SKIPPED: "no solve was needed",
+}
+
+
+class Method(enum.IntEnum):
+    """The solver that produced a solution."""
+
+    lsmr = 0
+    lsqr = 1
+    cgls = 2
+    cholesky = 3
+    qr = 4
+    svd = 5
+    gradient_descent = 6
+    foreign = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """A solution of min ||W^(1/2)(A x - b)||^2 + damp^2 ||x - x0||^2 and how it was reached.
+
+    A pytree in torch and (once ``funclsq.jax`` is imported) in JAX: the arrays are leaves, so a
+    Solution passes through ``vmap`` and ``jit``. Differentiable in ``x`` only.
+
+    Parameters
+    ----------
+    x : array, shape (..., n) or (..., n, k)
+        The minimiser nearest to x0.
+    status : int array, shape (...) or (..., k)
+        A :class:`Status` per member and column.
+    iterations : int array, shape as ``status``
+        Iterations made (refinement steps for a direct solver).
+    residual_norm : real array, shape as ``status``
+        ``||W^(1/2)(b - A x)||``.
+    normal_residual_norm : real array, shape as ``status``
+        ``||A^H W (b - A x) - damp^2 (x - x0)||``, which is zero at the solution.
+    rank : int array, shape as ``status``
+        Rank of ``[W^(1/2) A; damp I]`` as the solver found it; -1 where it is not known.
+    cond : real array, shape as ``status``
+        2-norm condition number (on the rank) or its estimate; NaN where it is not known.
+    method : int array, shape as ``status``
+        The :class:`Method` that produced x.
+    reason : str
+        Why this solver was chosen.
+    """
+
+    x: Tensor
+    status: Tensor
+    iterations: Tensor
+    residual_norm: Tensor
+    normal_residual_norm: Tensor
+    rank: Tensor
+    cond: Tensor
+    method: Tensor
+    reason: str = ""
+
+    @property
+    def converged(self) -> Tensor:
+        """True per member and column where x meets the tolerance."""
+        good = self.status == -1
+        for code in _CONVERGED:
+            good = good | (self.status == int(code))
+        return good
+
+    @property
+    def solver(self) -> str:
+        """Name of the solver that was used (the first member's, in a batch)."""
+        codes = self.method.reshape(-1)
+        return Method(int(codes[0])).name if len(codes) else ""
+
+    @property
+    def message(self) -> str:
+        """The status of the worst member, in words. Not available inside a transform."""
+        return describe(self.status, self.iterations, self.residual_norm, self.normal_residual_norm)
+
+
+def describe(status, iterations, residual_norm, normal_residual_norm) -> str:
+    """Say in words how a batch of solves ended: the worst status, and how many share it."""
+    codes = [int(s) for s in status.reshape(-1)]
+    if not codes:
+        return "nothing to solve"
+    failed = [i for i, s in enumerate(codes) if not Status(s).converged]
+    worst = failed[0] if failed else 0
+    code = Status(codes[worst])
+    text = f"{code.name}: {code.advice}"
+    if len(codes) > 1:
+        text = f"{len(failed)} of {len(codes)} solves failed; member {worst}: {text}"
+    return (
+        f"{text} (iterations {int(iterations.reshape(-1)[worst])}, "
+        f"||r|| = {float(residual_norm.reshape(-1)[worst]):.3e}, "
+        f"||A^H r|| = {float(normal_residual_norm.reshape(-1)[worst]):.3e})"
+    )
+
+
+
+LEAVES = tuple(f.name for f in dataclasses.fields(Solution) if f.name != "reason")
+
+
+def _flatten(s: Solution):
+    return [getattr(s, name) for name in LEAVES], s.reason
+
+
+def _unflatten(leaves, reason):
+    return Solution(*leaves, reason=reason)
+
+
+torch.utils._pytree.register_pytree_node(
+    Solution, _flatten, _unflatten, serialized_type_name="funclsq.Solution"
+)

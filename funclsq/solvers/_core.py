@@ -1,0 +1,135 @@
+"""Least squares with the factored normal matrix, for an operator with at least as many rows as
+columns (damping included), of any column rank.
+
+The factor is used as it comes where cond(B S)^2 leaves room below 1/eps. Otherwise it is shifted,
+and the singular directions that the shift spoils are found and treated on their own; those below
+the rank tolerance are the null space.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from funclsq.backends import NotPositive
+from funclsq.operators import Operator
+from funclsq.solvers._normal import Normal
+from funclsq.solvers._nullspace import Small, largest, small_directions, smallest
+from funclsq.solvers._refine import refine
+
+__all__ = ["Core", "NeedsDense"]
+
+EASY = 1e6  # up to this condition number the plain factor contracts fast enough
+MARGIN = 10.0  # full rank is sure if the smallest singular value is so far above the tolerance
+
+
+class NeedsDense(Exception):
+    """The null space is too large for the sparse method; a dense rank-revealing one is needed."""
+
+
+class Core:
+    """G = B^H B factored, with the rank of B; ``solve`` applies G^+ (B^H c + g).
+
+    Attributes
+    ----------
+    rank : Tensor, () or (b,) int64
+        Singular values of the column-scaled B above ``rcond`` times the largest.
+    cond : Tensor, () or (b,)
+        Estimated condition number of the column-scaled B on its rank.
+    deficient : Tensor, () or (b,) bool
+        Whether the columns may be dependent.
+    """
+
+    def __init__(
+        self, B: Operator, rcond: float, backend: str | None, full_rank: bool = False
+    ) -> None:
+        self.normal = Normal(B, backend)
+        self.small: Small | None = None
+        self.null: Tensor | None = None  # orthonormal null vectors of B itself, zero-padded
+        self._lock = threading.Lock()
+        columns = self.normal.n - self.normal.zero.sum(-1)
+        self.rank = columns
+        self.top = largest(self.normal)
+        self.deficient = self.normal.zero.any(-1)
+        if self._plainly():
+            return
+        self._carefully(rcond)
+
+    def _plainly(self) -> bool:
+        """Factor N as it is; False if it is too ill-conditioned for that."""
+        try:
+            self.normal.factor()
+        except NotPositive:
+            return False
+        bottom = smallest(self.normal)
+        self.cond = torch.where(self.top > 0, self.top / bottom, 1.0)
+        return bool((self.cond < EASY).all())
+
+    def _carefully(self, rcond: float) -> None:
+        """Shift, and find the directions that the shift spoils."""
+        normal, n = self.normal, self.normal.n
+        normal.factor_shifted(16 * n**0.5 * normal.eps)
+        limit = torch.full_like(self.top, (10 * normal.shift) ** 0.5)
+        room = n - int(normal.zero.sum(-1).max())
+        most = min(room, max(64, min(n // 4, 1024)))
+        small = small_directions(normal, limit, rcond * self.top, most)
+        tolerance = (rcond * self.top).unsqueeze(-1)
+        nulls = small.sigma <= tolerance
+        if not small.complete and bool(nulls.all(-1).any()):
+            raise NeedsDense(f"more than {most} of {n} columns are dependent")
+        self.small = small
+        count = nulls.sum(-1)
+        self.rank = self.rank - count
+        seen = torch.where(nulls, torch.inf, small.sigma)
+        bottom = torch.cat((seen, small.next.unsqueeze(-1)), -1).amin(-1)
+        bottom = torch.where(torch.isinf(bottom), self.top, bottom)
+        self.cond = self.top / bottom
+        self.deficient = self.deficient | (bottom <= MARGIN * tolerance.squeeze(-1)) | (count > 0)
+        self._weights = torch.where(
+            nulls, 0.0, 1 / small.sigma.clamp(min=1e-300) ** 2 - 1 / (small.sigma**2 + normal.shift)
+        )
+        self._nulls = torch.where(nulls.unsqueeze(-2), small.V, 0)
+        if bool(nulls.any()):
+            self._purify(nulls)
+
+    def _purify(self, nulls: Tensor) -> None:
+        """Sharpen the null vectors, V <- (I - B^+ B) V, and orthonormalise them unscaled."""
+        B = self.normal.B
+        V = self._nulls
+        V = V - refine(B, self._rough, B.mv(V), None, self.normal.eps)[0]
+        self._nulls = _orthonormal(V, nulls)
+        self.null = _orthonormal(self._nulls * self.normal.scale.unsqueeze(-1), nulls)
+
+    def _rough(self, q: Tensor) -> Tensor:
+        """P q with P near (B^H B)^+ in the scaled variables."""
+        q = torch.where(self.normal.zero.unsqueeze(-1), 0, q)
+        if self.small is None:
+            return self.normal.solve(q)
+        q = q - self._nulls @ (self._nulls.mH @ q)
+        z = self.normal.solve(q)
+        V = self.small.V
+        z = z + V @ (self._weights.unsqueeze(-1) * (V.mH @ q))
+        return z - self._nulls @ (self._nulls.mH @ z)
+
+    def project(self, v: Tensor) -> Tensor:
+        """Project onto the row space of B (unscaled variables)."""
+        v = torch.where(self.normal.zero.unsqueeze(-1), 0, v)
+        if self.null is not None:
+            v = v - self.null @ (self.null.mH @ v)
+        return v
+
+    def solve(self, c: Tensor | None, g: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return G^+ (B^H c + g), status and corrections per column."""
+        scale = self.normal.scale.unsqueeze(-1)
+        if g is not None:
+            g = scale * self.project(g)
+        x, status, steps = refine(self.normal.B, self._rough, c, g, self.normal.eps)
+        return self.project(scale * x), status, steps
+
+
+def _orthonormal(V: Tensor, keep: Tensor) -> Tensor:
+    """Orthonormalise the leading columns marked in ``keep``; the others are zero."""
+    Q = torch.linalg.qr(V)[0]
+    return torch.where(keep.unsqueeze(-2), Q, 0)

@@ -1,0 +1,252 @@
+"""One run of a Krylov method over a block of columns: stopping, freezing, compaction.
+
+Each column stops by its own tests. A column that has stopped is frozen (its x is not touched
+again) and is dropped from the block once enough have stopped; members of a batch are only frozen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from funclsq.solution import Status
+from funclsq.solvers._scalars import FloatScalars, Scalars, scalars_for
+
+__all__ = ["Run", "Targets", "iterate"]
+
+_RUNNING = -1
+_PATIENCE = 500  # steps without a new least ||A^H r|| (or as many as were made until it)
+_XNORM_EVERY = 10  # ||x_k|| only grows, so an old value is a safe one in the test for A x = b
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """What a run is asked for: ||A^H r|| <= atol ||A|| ||r|| or ||r|| <= btol ||b|| + atol ||A|| ||x||.
+
+    Parameters
+    ----------
+    atol, btol, conlim : float
+        The tolerances; ``conlim`` may be infinite.
+    at_eps : bool
+        Whether atol and btol are the rounding level, which names the status.
+    bnorm, xnorm, rnorm : ndarray, shape (..., k)
+        ||b|| of the whole problem, of which the run may solve a correction, and ||x|| and ||r||
+        before the run (0 for the first).
+    consistent : bool
+        Whether A x = b is a test at all (it is not for a right-hand side g in the domain).
+    """
+
+    atol: float
+    btol: float
+    conlim: float
+    at_eps: bool
+    bnorm: np.ndarray
+    xnorm: np.ndarray
+    rnorm: np.ndarray
+    consistent: bool = True
+
+
+@dataclasses.dataclass
+class Run:
+    """Result of a run: x (..., n, k), and per column why and when it stopped, and estimates."""
+
+    x: Tensor
+    status: np.ndarray
+    iterations: np.ndarray
+    anorm: np.ndarray
+    acond: np.ndarray
+
+
+Report = Callable[[int, np.ndarray, np.ndarray, np.ndarray], None]
+
+
+def iterate(
+    method: Callable[..., Any],
+    op: Any,
+    rhs: Tensor,
+    targets: Targets,
+    maxiter: int,
+    report: Report | None = None,
+    **extra: Tensor | None,
+) -> Run:
+    """Run ``method`` until every column has met its targets or ``maxiter`` steps are made.
+
+    Parameters
+    ----------
+    method : callable
+        ``method(op, rhs, scalars, **extra)`` gives the state of a method (Lsmr, ...).
+    op : operator
+        A, of shape (m, n).
+    rhs : Tensor, shape (..., m, k)
+        Right-hand sides.
+    targets : Targets
+        When to stop.
+    maxiter : int
+        Largest number of steps.
+    report : callable, optional
+        Called at every check with (iteration, active, ||r||, ||A^H r||).
+
+    Returns
+    -------
+    Run
+        The result, one entry per column (and batch member).
+    """
+    scalars = scalars_for(rhs)
+    state = method(op, rhs, scalars, **extra)
+    if isinstance(scalars, FloatScalars):
+        return _iterate_one(state, scalars, targets, maxiter, report)
+    return _iterate_block(state, scalars, targets, maxiter, report)
+
+
+def _iterate_one(
+    state: Any, scalars: FloatScalars, targets: Targets, maxiter: int, report: Report | None
+) -> Run:
+    """Run one column with Python floats."""
+    atol, conlim = targets.atol, targets.conlim
+    floor, xnorm = targets.btol * float(targets.bnorm[0]), float(targets.xnorm[0])
+    outer, best, since = float(targets.rnorm[0]), float("inf"), 0
+    consistent = targets.consistent
+    count, status = 0, Status.START_SOLVES
+    if not state.arnorm <= atol * state.anorm * max(state.rnorm, outer):
+        status = Status.MAXITER
+        for count in range(1, maxiter + 1):
+            state.step()
+            rnorm, arnorm, anorm = state.rnorm, state.arnorm, state.anorm
+            if consistent and count % _XNORM_EVERY == 0:
+                xnorm = max(xnorm, scalars.norm(state.x))
+            if report is not None:
+                report(count, np.array([True]), np.array([rnorm]), np.array([arnorm]))
+            if consistent and rnorm <= floor + atol * anorm * xnorm:
+                status = _name(Status.RESIDUAL_SMALL, targets)
+            elif arnorm <= atol * anorm * max(rnorm, outer):
+                status = _name(Status.NORMAL_RESIDUAL_SMALL, targets)
+            elif state.acond >= conlim:
+                status = Status.CONDITION_LIMIT
+            elif not rnorm + arnorm < float("inf"):
+                status = Status.NONFINITE
+            elif arnorm < best:
+                best, since = arnorm, count
+                continue
+            elif count > since + max(_PATIENCE, since):
+                status = Status.STAGNATED
+            else:
+                continue
+            break
+    as_array = scalars.to_host
+    return Run(
+        state.x,
+        np.array([int(status)]),
+        np.array([count]),
+        as_array(state.anorm),
+        as_array(state.acond),
+    )
+
+
+def _name(status: Status, targets: Targets) -> Status:
+    if not targets.at_eps:
+        return status
+    return {
+        Status.RESIDUAL_SMALL: Status.RESIDUAL_AT_EPS,
+        Status.NORMAL_RESIDUAL_SMALL: Status.NORMAL_RESIDUAL_AT_EPS,
+    }[status]
+
+
+def _iterate_block(
+    state: Any, scalars: Scalars, targets: Targets, maxiter: int, report: Report | None
+) -> Run:
+    """Run many columns (and batch members) together."""
+    host = scalars.to_host
+    k = state.x.shape[-1]
+    shape = state.x.shape[:-2] + (k,)
+    out = Run(
+        torch.zeros_like(state.x),
+        np.full(shape, _RUNNING),
+        np.zeros(shape, dtype=np.int64),
+        np.zeros(shape),
+        np.ones(shape),
+    )
+    columns = np.arange(k)  # of the block, still iterated on
+    outer = np.fmax(targets.rnorm, host(state.rnorm))
+    start = host(state.arnorm) <= targets.atol * host(state.anorm) * outer
+    out.status[start] = int(Status.START_SOLVES)
+    out.anorm[...] = host(state.anorm)
+    scalars.freeze(out.status == _RUNNING)
+    xnorm = targets.xnorm.copy()
+    best, since = np.full(shape, np.inf), np.zeros(shape, dtype=np.int64)
+    count = 0
+    with np.errstate(all="ignore"):
+        while count < maxiter and (out.status == _RUNNING).any():
+            columns = _compact(state, scalars, out, columns)
+            for _ in range(min(scalars.check_every, maxiter - count)):
+                state.step()
+                count += 1
+            if targets.consistent and count % _XNORM_EVERY == 0:
+                now = host(scalars.norm(state.x))
+                xnorm[..., columns] = np.fmax(xnorm[..., columns], now)
+            arnorm = host(state.arnorm)
+            fell = arnorm < best[..., columns]
+            best[..., columns] = np.where(fell, arnorm, best[..., columns])
+            since[..., columns] = np.where(fell, count, since[..., columns])
+            stalled = count > since + np.maximum(_PATIENCE, since)
+            _check(state, host, targets, out, columns, xnorm, stalled, count)
+            if report is not None:
+                active = out.status[..., columns] == _RUNNING
+                report(count, active, host(state.rnorm), host(state.arnorm))
+            scalars.freeze(out.status[..., columns] == _RUNNING)
+    out.status[out.status == _RUNNING] = int(Status.MAXITER)
+    out.x[..., columns] = state.x
+    return out
+
+
+def _check(
+    state: Any,
+    host: Callable[[Any], np.ndarray],
+    targets: Targets,
+    out: Run,
+    columns: np.ndarray,
+    xnorm: np.ndarray,
+    stalled: np.ndarray,
+    count: int,
+) -> None:
+    """Apply the stopping tests to the columns that still run, and note what they estimate."""
+    rnorm, arnorm, anorm, acond = (
+        host(a) for a in (state.rnorm, state.arnorm, state.anorm, state.acond)
+    )
+    running = out.status[..., columns] == _RUNNING
+    status = np.full(running.shape, _RUNNING)
+    status[stalled[..., columns]] = int(Status.STAGNATED)
+    status[~(rnorm + arnorm < np.inf)] = int(Status.NONFINITE)
+    status[acond >= targets.conlim] = int(Status.CONDITION_LIMIT)
+    small = arnorm <= targets.atol * anorm * np.fmax(rnorm, targets.rnorm[..., columns])
+    status[small] = int(_name(Status.NORMAL_RESIDUAL_SMALL, targets))
+    if targets.consistent:
+        floor = targets.btol * targets.bnorm[..., columns]
+        solved = rnorm <= floor + targets.atol * anorm * xnorm[..., columns]
+        status[solved] = int(_name(Status.RESIDUAL_SMALL, targets))
+    for whole, part in (
+        (out.status, status),
+        (out.iterations, np.full(running.shape, count)),
+        (out.anorm, anorm),
+        (out.acond, acond),
+    ):
+        whole[..., columns] = np.where(running, part, whole[..., columns])
+
+
+def _compact(state: Any, scalars: Any, out: Run, columns: np.ndarray) -> np.ndarray:
+    """Drop columns that have stopped (in every batch member) once they are a quarter of the block."""
+    running = (out.status[..., columns] == _RUNNING).reshape(-1, len(columns)).any(axis=0)
+    if running.sum() * 4 > len(columns) * 3:
+        return columns
+    device = state.x.device
+    going, stopped = (
+        torch.from_numpy(np.flatnonzero(which)).to(device) for which in (running, ~running)
+    )
+    out.x[..., columns[~running]] = state.x.index_select(-1, stopped)
+    state.keep(going)
+    scalars.freeze(out.status[..., columns[running]] == _RUNNING)
+    return columns[running]

@@ -1,0 +1,326 @@
+"""A Krylov method made ready for one operator: damping, scaling, rank, and both kinds of solve.
+
+solve(c, g) gives x = G^+ (A^H c + g) for G = A^H A + D^2, through B = [A; D] S:
+
+- B of full column rank: any column scaling S is admissible, and one run of ExtendedCg gives
+  z = G^-1 g with A z;
+- otherwise the least-norm solution is wanted, which only S = 1 keeps: y = A^{+H} g by a run on
+  A^H, and z = A^+ y by one on A.
+
+Which of the two holds is known for damp > 0 everywhere and on the caller's word; else, for m >= n,
+it is found by a probe: a random w is sought back from A S w. Its least-norm solution lacks the
+part of w in the null space, which is of size 1 unless there is none. That takes at most the time
+of one solve, and saves more in every derivative.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funclsq.operators import StackedOp
+from funclsq.solution import Method, Status
+from funclsq.solvers._extended_cg import ExtendedCg
+from funclsq.solvers._progress import reporter
+from funclsq.solvers._protocol import Options, Raw
+from funclsq.solvers._verify import Answer, Settings, norms, solve_verified
+
+__all__ = ["PreparedKrylov"]
+
+_MIN_ITERATIONS = 5000
+
+
+class PreparedKrylov:
+    """A Krylov method ready for min ||A x - c||^2 + ||D x||^2 and for G^+ g.
+
+    Parameters
+    ----------
+    method : callable
+        State of the method: ``method(op, rhs, scalars)``.
+    code : Method
+        Its code.
+    op : operator
+        A, of shape (m, n), weights folded in.
+    damp : Tensor, shape (n,) or (B, n), or None
+        Diagonal of D, real and not negative.
+    options : Options
+        Settings. ``atol`` and ``btol`` default to the rounding level, ``conlim`` to no limit,
+        ``maxiter`` to max(5000, 10 min(m, n)) steps per run, ``scale`` to column scaling where
+        it is admissible.
+    full_rank : bool
+        Whether A is known to be of full column rank.
+
+    Attributes
+    ----------
+    method : int
+        Code of the method.
+    rank : Tensor or None
+        n where full column rank is known or was found.
+    cond : Tensor or None
+        Estimate of the condition number of the scaled operator, once a solve was made.
+    deficient : bool
+        Whether B may lack full column rank.
+    nbytes : int
+        Memory held.
+    """
+
+    def __init__(
+        self,
+        method: Callable[..., Any],
+        code: Method,
+        op: Any,
+        damp: Tensor | None,
+        options: Options,
+        full_rank: bool,
+    ) -> None:
+        self._kind, self.method, self._options = method, int(code), options
+        damped = damp is not None and bool((damp > 0).any())
+        self._op = op
+        self._system = StackedOp(op, damp) if damped else op
+        known = full_rank or op.shape[1] == 0 or (damped and bool((damp > 0).all()))
+        m, n = self._system.shape
+        self._column_norms = self._system.column_norms()
+        if known:
+            self._full: bool | None = True
+        elif m < n or self._column_norms is None:
+            self._full = False
+        else:
+            self._full = None  # not known yet
+        self._scaled: dict[bool, tuple[Any, Tensor | None]] = {}
+        self.cond: Tensor | None = None
+
+    @property
+    def deficient(self) -> bool:
+        """Whether B may lack full column rank."""
+        if self._full is None:
+            with torch.no_grad():
+                self._full = self._probe()
+        return not self._full
+
+    @property
+    def rank(self) -> Tensor | None:
+        """N where full column rank is known or was found, else None."""
+        if not self._full:
+            return None
+        lead = () if self._system.batch is None else (self._system.batch,)
+        return torch.full(lead, self._system.shape[1], dtype=torch.int64, device=self._op.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held by scaled copies of the operator."""
+        total = 0
+        for scaled, _ in self._scaled.values():
+            for name in ("csr_values", "A"):
+                values = getattr(getattr(scaled, "op", scaled), name, None)
+                if isinstance(values, Tensor):
+                    total += 3 * values.numel() * values.element_size()
+        return total
+
+    def solve(self, c: Tensor | None, g: Tensor | None) -> Raw:
+        """Apply x = G^+ (A^H c + g).
+
+        Parameters
+        ----------
+        c : Tensor, shape (m, k) or (B, m, k), or None
+            Right-hand side in the range.
+        g : Tensor, shape (n, k) or (B, n, k), or None
+            Right-hand side in the domain.
+
+        Returns
+        -------
+        Raw
+            x, and per column the status and the number of steps.
+        """
+        with torch.no_grad():
+            if not self.deficient:
+                answer, _, x = self._definite(c, g)
+            else:
+                answer, x = self._least_norm(c, g)
+            return self._raw(x, answer)
+
+    def adjoint(self, g: Tensor) -> Raw:
+        """Apply y = A G^+ g, which is A^{+H} g for D = 0, in one run.
+
+        Parameters
+        ----------
+        g : Tensor, shape (n, k) or (B, n, k)
+            Right-hand side in the domain.
+
+        Returns
+        -------
+        Raw
+            y, shape (m, k) or (B, m, k), and per column the status and the number of steps.
+        """
+        with torch.no_grad():
+            if not self.deficient:
+                answer, unit, _ = self._definite(None, g)
+                y = -answer.r * unit
+            else:
+                answer, y = self._adjoint_least_norm(g)
+            return self._raw(y[..., : self._op.shape[0], :], answer)
+
+    def _raw(self, x: Tensor, answer: Answer) -> Raw:
+        self._note(answer)
+        status, iterations = (
+            torch.from_numpy(a).to(x.device) for a in (answer.status, answer.iterations)
+        )
+        return Raw(x, status, iterations)
+
+    def _note(self, answer: Answer) -> None:
+        cond = torch.from_numpy(answer.acond).to(self._op.device)
+        if cond.shape[-1] == 0:
+            return
+        cond = cond.amax(-1)
+        if self._system.batch is None and cond.ndim:
+            cond = cond.amax()
+        self.cond = cond if self.cond is None else torch.maximum(self.cond, cond)
+
+    # The three kinds of solve
+
+    def _definite(self, c: Tensor | None, g: Tensor | None) -> tuple[Answer, Tensor, Tensor]:
+        """Solve with column scaling; returns the answer for unit right-hand sides, unit, and x."""
+        op, scale = self._operator(columns=self._options.scale is not False)
+        c = None if c is None else _pad(c, op.shape[0])
+        if g is not None and scale is not None:
+            g = g * scale.unsqueeze(-1)
+        unit = _unit(c, g)
+        answer = self._run(op, None if c is None else c / unit, None if g is None else g / unit)
+        x = answer.x if scale is None else answer.x * scale.unsqueeze(-1)
+        return answer, unit, x * unit
+
+    def _least_norm(self, c: Tensor | None, g: Tensor | None) -> tuple[Answer, Tensor]:
+        """Solve without scaling: x = A^+ (c + A^{+H} g)."""
+        first = None
+        if g is not None:
+            first, y = self._adjoint_least_norm(g)
+            c = y if c is None else _pad(c, y.shape[-2]) + y
+        op, scale = self._operator(columns=False)
+        c = _pad(c, op.shape[0])
+        unit = _unit(c, None)
+        answer = self._run(op, c / unit, None)
+        x = answer.x if scale is None else answer.x * scale.unsqueeze(-1)
+        return (answer if first is None else _worse(first, answer)), x * unit
+
+    def _adjoint_least_norm(self, g: Tensor) -> tuple[Answer, Tensor]:
+        """Solve min ||B^H y - g|| for the y of least norm."""
+        op, scale = self._operator(columns=False)
+        unit = _unit(None, g)
+        answer = self._run(_Adjoint(op), g / unit, None)
+        y = answer.x * unit
+        return answer, y if scale is None else y * scale[..., :1].unsqueeze(-1)
+
+    def _probe(self) -> bool:
+        """Find whether B has full column rank: are random w the least-norm solutions for B S w."""
+        op, _ = self._operator(columns=True)
+        eps = torch.finfo(op.dtype).eps
+        count, level = (1, 1e-5) if eps < 1e-10 else (3, 2e-2)
+        generator = torch.Generator().manual_seed(20110)
+        w = torch.randn((op.shape[1], count), generator=generator, dtype=torch.float64)
+        w = w.to(device=op.device, dtype=op.dtype)
+        if op.batch is not None:
+            w = w.expand(op.batch, *w.shape)
+        w = w.contiguous()
+        settings = dataclasses.replace(
+            self._settings(op, self._kind, None), atol=eps**0.5, btol=eps**0.5
+        )
+        for _ in range(2):  # the first is enough for all but a large cond(B)
+            answer = solve_verified(self._kind, op, op.mv(w), None, settings)
+            w = w - answer.x
+            if bool((norms(w) < level).all()):
+                return True
+            if (answer.status == int(Status.MAXITER)).any():
+                break
+        return False
+
+    def _run(self, op: Any, c: Tensor | None, g: Tensor | None) -> Answer:
+        """Run the method, or ExtendedCg where there is a g, on a scaled system."""
+        if c is None:
+            c = g.new_zeros((*g.shape[:-2], op.shape[0], g.shape[-1]))
+        elif g is not None:
+            c, g = _match(c, g)
+        method = self._kind if g is None else ExtendedCg
+        with reporter(self._options) as report:
+            return solve_verified(method, op, c, g, self._settings(op, method, report))
+
+    def _settings(self, op: Any, method: Any, report: Any) -> Settings:
+        o = self._options
+        m, n = op.shape
+        eps = torch.finfo(op.dtype).eps
+        if self._full:
+            atol = (4.0 if method is ExtendedCg else 1.0) * eps
+        else:
+            # Beyond the rounding of A^H r there is only noise, and a null space to amplify it.
+            atol = max(8.0, max(m, n) ** 0.5) * eps
+        maxiter = max(_MIN_ITERATIONS, 10 * min(m, n)) if o.maxiter is None else o.maxiter
+        return Settings(
+            atol=atol if o.atol is None else max(o.atol, atol),
+            btol=2.0 * eps if o.btol is None else max(o.btol, eps),
+            conlim=float("inf") if o.conlim is None else o.conlim,
+            maxiter=maxiter,
+            eps=eps,
+            report=report,
+        )
+
+    def _operator(self, columns: bool) -> tuple[Any, Tensor | None]:
+        """B S and the diagonal of S: unit columns, or one factor for all that brings them to 1."""
+        found = self._scaled.get(columns)
+        if found is None:
+            norm = self._column_norms
+            if norm is None or norm.shape[-1] == 0:
+                found = (self._system, None)
+            else:
+                if not columns:
+                    norm = norm.amax(-1, keepdim=True).expand_as(norm)
+                tiny = torch.finfo(norm.dtype).tiny
+                scale = torch.where(norm > tiny, 1 / norm.clamp_min(tiny), torch.ones_like(norm))
+                found = (self._system.scaled(col=scale), scale)
+            self._scaled[columns] = found
+        return found
+
+
+class _Adjoint:
+    """A^H as an operator."""
+
+    def __init__(self, op: Any) -> None:
+        self.op, self.batch = op, op.batch
+        self.shape = (op.shape[1], op.shape[0])
+        self.dtype, self.device = op.dtype, op.device
+        self.mv, self.rmv = op.rmv, op.mv
+
+
+def _pad(c: Tensor, rows: int) -> Tensor:
+    """Append the zero rows of [c; 0]."""
+    missing = rows - c.shape[-2]
+    if missing == 0:
+        return c
+    return torch.cat((c, c.new_zeros((*c.shape[:-2], missing, c.shape[-1]))), -2)
+
+
+def _match(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Give two blocks the same batch dimension."""
+    lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return tuple(t.expand(*lead, *t.shape[-2:]) for t in (a, b))  # type: ignore[return-value]
+
+
+def _unit(c: Tensor | None, g: Tensor | None) -> Tensor:
+    """A power of 2 for each column, about its largest entry, so that no norm overflows."""
+    tops = [t.abs().amax(-2, keepdim=True) for t in (c, g) if t is not None and t.shape[-2]]
+    if not tops:
+        like = c if c is not None else g
+        return torch.ones((1, like.shape[-1]), dtype=like.dtype, device=like.device).abs()
+    top = tops[0] if len(tops) == 1 else torch.maximum(*tops)
+    exponent = torch.frexp(top)[1].clamp(-1000, 1000)
+    unit = torch.ldexp(torch.ones_like(top), exponent)
+    return torch.where((top > 0) & top.isfinite(), unit, torch.ones_like(top))
+
+
+def _worse(first: Answer, second: Answer) -> Answer:
+    """Status of two solves in a row: the first failure counts, and the steps add up."""
+    failed = first.status > 5
+    second.status[failed] = first.status[failed]
+    second.iterations = second.iterations + first.iterations
+    return second

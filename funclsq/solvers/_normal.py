@@ -1,0 +1,188 @@
+"""The factored normal matrix of a column-scaled operator, and its use as a preconditioner.
+
+For B, (m, n), of any row scaling: S = diag(powers of two that bring every column norm of B to
+about one; 1 for zero columns), N = (B S)^H (B S) + shift I, factored. ``apply`` is
+N^-1, corrected on the few directions that the shift spoils where they are known.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from funclsq.backends import NotPositive, backend, dense
+from funclsq.operators import DenseOp, Operator, SparseOp, StackedOp
+from funclsq.solvers._gram import gram_of
+
+__all__ = ["Normal", "flipped", "widened"]
+
+DENSE_FILL = 0.15  # from this density of N on, and up to DENSE_ORDER, N is factored dense
+DENSE_ORDER = 8192
+SMALL_ORDER = 64  # N of a batch is factored dense up to this order whatever its density
+_SHIFTS = 8  # a shift is raised at most so often
+_MAX_SYMBOLIC = 4  # analyses kept per pattern
+
+
+class Normal:
+    """N = (B S)^H (B S) + shift I in factored form, one or a batch.
+
+    Attributes
+    ----------
+    B : Operator
+        The scaled operator B S, in double precision.
+    scale : Tensor, (n,) or (b, n)
+        The diagonal of S.
+    zero : bool Tensor, as ``scale``
+        Columns of B that are zero.
+    shift : float
+        What was added to the diagonal.
+    """
+
+    def __init__(self, B: Operator, backend: str | None = None) -> None:
+        norms = B.column_norms()
+        self.zero = norms == 0
+        exponent = torch.frexp(torch.where(self.zero, 1, norms))[1]
+        self.scale = torch.ldexp(torch.ones_like(norms), (-exponent).clamp(-1000, 1000))
+        self.B = B.scaled(col=self.scale)
+        self.n = B.shape[1]
+        self.batch = B.batch
+        self.shift = 0.0
+        self.eps = float(torch.finfo(norms.dtype).eps)
+        self._name = backend
+        self._lock = threading.Lock()
+        self._form()
+
+    # Forming and factoring
+
+    def _form(self) -> None:
+        op, damp = self.B, None
+        if isinstance(op, StackedOp):
+            op, damp = op.op, op.damp
+        self._gram = None
+        if isinstance(op, SparseOp):
+            gram = gram_of(op.pattern)
+            fill = gram.nnz / max(1, self.n) ** 2
+            small = self.batch is not None and self.n <= SMALL_ORDER
+            if not small and (fill < DENSE_FILL or self.n > DENSE_ORDER):
+                self._gram = gram
+            values = gram.values(op.csr_values.numpy())
+            extra = self.zero.numpy().astype(values.dtype)
+            if damp is not None:
+                extra = extra + damp.numpy() ** 2
+            values[..., gram.diagonal] += extra
+            if self._gram is not None:
+                self._values = values
+                return
+            N = np.zeros((*values.shape[:-1], self.n * self.n), dtype=values.dtype)
+            N[..., gram.rows.astype(np.int64) * self.n + gram.indices] = values
+            self._values = torch.from_numpy(N).view(*values.shape[:-1], self.n, self.n)
+            return
+        A = op.dense()
+        N = A.mH @ A
+        extra = self.zero.to(N.dtype)
+        if damp is not None:
+            extra = extra + damp.to(N.dtype) ** 2
+        N.diagonal(dim1=-2, dim2=-1).add_(extra)
+        self._values = N
+
+    def factor(self, shift: float = 0.0) -> None:
+        """Factor N + shift I; raises NotPositive if it is not positive definite."""
+        self.shift = shift
+        if self._gram is None:
+            N = self._values
+            if shift:
+                N = N + shift * torch.eye(self.n, dtype=N.dtype)
+            self._factor: Any = dense.factor(N)
+            return
+        values = self._values
+        if shift:
+            values = values.copy()
+            values[..., self._gram.diagonal] += shift
+        self._factor = self._symbolic(values.dtype).factor(values.reshape(-1))
+
+    def factor_shifted(self, shift: float) -> None:
+        """Factor N + shift I, the shift raised until every pivot is positive."""
+        for _ in range(_SHIFTS):
+            try:
+                self.factor(shift)
+                if self._factor.positive():
+                    return
+            except NotPositive:
+                pass
+            shift *= 16
+        raise NotPositive("the normal matrix is not positive definite even when shifted")
+
+    def _symbolic(self, dtype: np.dtype) -> Any:
+        gram = self._gram
+        chosen = backend(self._name, dtype.name)
+        key = ("symbolic", chosen.NAME, self.batch)
+        with gram.pattern.lock:
+            cache = gram.pattern.cache
+            found = cache.pop(key, None)
+            if found is None:
+                found = chosen.analyze(*_repeated(gram, self.batch))
+                kept = [k for k in cache if isinstance(k, tuple) and k[0] == "symbolic"]
+                for old in kept[: max(0, len(kept) - _MAX_SYMBOLIC + 1)]:
+                    del cache[old]
+            cache[key] = found
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: the factor, N and the scaled operator."""
+        held = self._values.nbytes + self._factor.nbytes
+        op = self.B.op if isinstance(self.B, StackedOp) else self.B
+        held += 2 * op.csr_values.nbytes if isinstance(op, SparseOp) else op.dense().nbytes
+        return held
+
+    # Application
+
+    def solve(self, q: Tensor) -> Tensor:
+        """(N + shift)^-1 q by the factor, q (..., n, k)."""
+        if q.shape[-1] == 0 or q.numel() == 0:
+            return torch.zeros_like(q)
+        if self._gram is None:
+            return self._factor.solve(q)
+        flat = q.reshape(-1, q.shape[-1]).numpy()
+        x = self._factor.solve(flat)
+        return torch.from_numpy(np.ascontiguousarray(x)).view(q.shape)
+
+
+def _repeated(gram, batch: int | None):
+    """Structure of N, or of the block diagonal of ``batch`` times N, with int32 indices."""
+    indptr, indices = gram.indptr, gram.indices
+    if batch is not None:
+        block = np.arange(batch, dtype=np.int64)[:, None]
+        indices = (indices + block * gram.n).reshape(-1)
+        indptr = np.append((indptr[:-1] + block * gram.nnz).reshape(-1), batch * gram.nnz)
+    if indptr[-1] >= np.iinfo(np.int32).max:
+        raise MemoryError(
+            f"the normal matrix has {int(indptr[-1])} entries, more than sparse direct methods "
+            "here can index; use solver='lsmr'."
+        )
+    return indptr.astype(np.int32), indices.astype(np.int32)
+
+
+def flipped(op: Operator) -> Operator:
+    """A^H as an operator of its own."""
+    if isinstance(op, SparseOp):
+        p = op.pattern
+        values = op.csr_values.index_select(-1, p.tensor("t_perm", op.device))
+        return SparseOp(p.T, values.conj().resolve_conj())
+    return DenseOp(op.dense().mH.resolve_conj().contiguous())
+
+
+def widened(op: Operator, batch: int | None) -> Operator:
+    """The operator in double precision, expanded to a batch where it has none."""
+    double = torch.complex128 if op.dtype.is_complex else torch.float64
+    if isinstance(op, SparseOp):
+        values = op.csr_values.to(double)
+        if batch is not None and op.batch is None:
+            values = values.expand(batch, -1).contiguous()
+        return SparseOp(op.pattern, values)
+    A = op.dense().to(double)
+    return DenseOp(A.expand(batch, *A.shape) if batch is not None and op.batch is None else A)

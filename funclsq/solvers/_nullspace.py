@@ -1,0 +1,111 @@
+"""The directions in which B is small: condition number, rank, null space.
+
+Subspace iteration with a (shifted) factor of N = B^H B + s I, in the form
+V <- V - N^-1 B^H (B V), which is s N^-1 V: as B V is formed afresh, what is left of the other
+directions falls to rounding, which s N^-1 V itself would not reach. Singular values by
+Rayleigh-Ritz on B V, so with an error of eps |B| and not of eps^(1/2) |B|.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Small", "largest", "small_directions", "smallest"]
+
+_FIRST = 8  # directions sought at least
+_STEPS = 12  # iterations at most with one block
+
+
+class Small(NamedTuple):
+    """Right singular directions of B with small singular values, ascending.
+
+    ``V`` is (..., n, p), ``sigma`` (..., p); ``next`` (...) estimates the singular value after
+    them (from above), inf where none is left or known; ``complete`` says whether all below the
+    limit were found.
+    """
+
+    V: Tensor
+    sigma: Tensor
+    next: Tensor
+    complete: bool
+
+
+def _random(normal, k: int, seed: int = 0) -> Tensor:
+    lead = () if normal.batch is None else (normal.batch,)
+    draw = torch.Generator().manual_seed(seed)
+    V = torch.randn((normal.n, k), generator=draw, dtype=torch.float64)
+    V = V.to(normal.B.dtype).expand(*lead, normal.n, k)
+    return torch.where(normal.zero.unsqueeze(-1), 0, V)
+
+
+def _unit(V: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(V, dim=-2, keepdim=True)
+    return V / torch.where(norms > 0, norms, 1)
+
+
+def largest(normal, steps: int = 5) -> Tensor:
+    """Estimate the largest singular value of B from below by power iteration, () or (b,)."""
+    v = _unit(_random(normal, 1, seed=1))
+    for _ in range(steps):
+        v = _unit(normal.B.rmv(normal.B.mv(v)))
+    return torch.linalg.vector_norm(normal.B.mv(v), dim=-2).squeeze(-1)
+
+
+def smallest(normal, steps: int = 2) -> Tensor:
+    """Estimate the smallest singular value of B from above by inverse iteration, () or (b,)."""
+    V = _random(normal, 2)
+    for _ in range(steps):
+        V = _unit(normal.solve(V))
+    return torch.linalg.vector_norm(normal.B.mv(V), dim=-2).amin(-1)
+
+
+def small_directions(normal, limit: Tensor, floor: Tensor, most: int) -> Small:
+    """Find all right singular directions of B with singular value below ``limit``, () or (b,).
+
+    ``normal`` holds the factor of N = B^H B + s I with s below limit^2. The block grows until a
+    singular value beyond the limit is met in every member, or to ``most`` directions; it is
+    iterated until those below the limit stand to a tenth (or to ``floor``).
+    """
+    B = normal.B
+    signs = _random(normal, min(_FIRST, most), seed=2).sign()
+    V = normal.solve(signs)
+    # Hutchinson: the trace of s (B^H B + s)^-1 counts the singular values below s^(1/2)
+    count = normal.shift * (signs.conj() * V).sum((-2, -1)).real.max() / max(1, V.shape[-1])
+    p = min(most, int(1.2 * count + 3 * count.clamp(min=0) ** 0.5) + _FIRST)
+    extra = normal.solve(_random(normal, p - V.shape[-1], seed=3))
+    V = torch.linalg.qr(torch.cat((V, extra), -1))[0]
+    while True:
+        sigma = torch.full_like(limit, torch.inf).unsqueeze(-1)
+        for _ in range(_STEPS):
+            before = sigma
+            V = torch.linalg.qr(V - normal.solve(B.rmv(B.mv(V))))[0]
+            V, sigma = _ritz(B, V)
+            moved = (before - sigma).abs() > 0.1 * sigma + floor.unsqueeze(-1)
+            if not bool((moved & (sigma <= limit.unsqueeze(-1))).any()):
+                break
+        if bool((sigma[..., -1] > limit).all()) or p >= most:
+            break
+        grown = min(2 * p, most)
+        extra = normal.solve(_random(normal, grown - p, seed=3 + grown))
+        V = torch.linalg.qr(torch.cat((V, extra), -1))[0]
+        p = grown
+    low = sigma <= limit.unsqueeze(-1)
+    keep = int(low.sum(-1).max()) if p else 0
+    after = torch.where(low, torch.inf, sigma).amin(-1) if p else torch.full_like(limit, torch.inf)
+    return Small(V[..., :keep], sigma[..., :keep], after, keep < p or p == most == normal.n)
+
+
+def _ritz(B, V: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate V to Ritz vectors of B, singular values ascending."""
+    R = torch.linalg.qr(B.mv(V), mode="r")[1]
+    _, sigma, Wh = torch.linalg.svd(R, full_matrices=False)
+    sigma, Wh = sigma.flip(-1), Wh.flip(-2)
+    missing = V.shape[-1] - sigma.shape[-1]
+    if missing > 0:  # fewer rows than directions: the rest is exactly null
+        full = torch.linalg.svd(R, full_matrices=True)
+        sigma = torch.nn.functional.pad(full[1].flip(-1), (missing, 0))
+        Wh = full[2].flip(-2)
+    return V @ Wh.mH, sigma

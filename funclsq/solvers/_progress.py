@@ -1,0 +1,52 @@
+"""What a long solve tells while it runs: a callback, a progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from funclsq.solvers._protocol import Options
+
+__all__ = ["reporter"]
+
+Call = Callable[[dict[str, Any]], None]
+
+
+@contextlib.contextmanager
+def reporter(options: Options) -> Iterator[Call | None]:
+    """Give the function that a solver calls with its state, or None where nobody listens.
+
+    Parameters
+    ----------
+    options : Options
+        ``callback`` is called with a dict: ``iteration``, and per column of the (scaled) problem
+        ``active``, ``residual_norm`` and ``normal_residual_norm``, as NumPy arrays.
+        ``progress`` shows a bar if tqdm is installed.
+
+    Yields
+    ------
+    callable or None
+        Takes the state.
+    """
+    bar = _bar() if options.progress else None
+    if bar is None:
+        yield options.callback
+        return
+
+    def call(state: dict[str, Any]) -> None:
+        bar.update(state["iteration"] - bar.n)
+        bar.set_postfix(normal_residual=f"{state['normal_residual_norm'].max():.1e}", refresh=False)
+        if options.callback is not None:
+            options.callback(state)
+
+    with bar:
+        yield call
+
+
+def _bar() -> Any:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return None
+    return tqdm(desc="funclsq", unit=" steps", leave=False)

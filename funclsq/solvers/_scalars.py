@@ -1,0 +1,205 @@
+"""The arithmetic of a Krylov loop: vectors are blocks of columns, scalars one per column.
+
+The recurrences of the methods are written once. Where their scalars live differs, because on a
+CPU a 0-dim tensor costs more than the arithmetic on it, and on an accelerator a Python float
+costs a synchronisation:
+
+- one column on the CPU: Python floats (:class:`FloatScalars`),
+- many columns on the CPU: small NumPy arrays (:class:`ArrayScalars`),
+- any other device: tensors that stay there (:class:`TensorScalars`).
+
+Scalars are double precision whatever the dtype of the vectors. A column that is no longer
+``active`` gets coefficients of zero, so that adding to it changes no bit of it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["ArrayScalars", "FloatScalars", "Scalars", "TensorScalars", "keep_columns", "scalars_for"]
+
+TINY = 1e-290  # a divisor below this would overflow; problems are scaled to norms of about 1
+
+
+class FloatScalars:
+    """One right-hand side on the CPU; scalars are Python floats and vectors (n, 1)."""
+
+    check_every = 1
+    active: Any = True
+
+    sqrt = staticmethod(math.sqrt)
+    maximum = staticmethod(max)
+    minimum = staticmethod(min)
+    hypot = staticmethod(math.hypot)
+
+    def full(self, value: float) -> float:
+        """Return the constant scalar ``value``."""
+        return value
+
+    def div(self, a: float, b: float) -> float:
+        """Return a / b, and 0 where b vanishes (a breakdown, where the quotient is not used)."""
+        return a / b if b > TINY or b < -TINY else 0.0
+
+    def norm(self, v: Tensor) -> float:
+        """Return ||v||."""
+        return torch.linalg.vector_norm(v).item()
+
+    def scale(self, y: Tensor, a: float) -> None:
+        """Y <- a y."""
+        y.mul_(a)
+
+    def axpy(self, y: Tensor, a: float, x: Tensor) -> None:
+        """Y <- y + a x."""
+        y.add_(x, alpha=a)
+
+    def xpay(self, y: Tensor, x: Tensor, a: float) -> None:
+        """Y <- x + a y."""
+        torch.add(x, y, alpha=a, out=y)
+
+    def live(self, a: float) -> float:
+        """Return the coefficient, or zero for a frozen column."""
+        return a
+
+    def to_host(self, a: float) -> np.ndarray:
+        """Return a scalar as a NumPy array with one entry per column."""
+        return np.array([a])
+
+
+class ArrayScalars:
+    """Many columns (and batch members) on the CPU; scalars are float64 NumPy arrays."""
+
+    check_every = 1
+    sqrt = staticmethod(np.sqrt)
+    maximum = staticmethod(np.maximum)
+    minimum = staticmethod(np.minimum)
+    hypot = staticmethod(np.hypot)
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.active = np.ones(shape, dtype=bool)
+
+    def full(self, value: float) -> np.ndarray:
+        """Return the constant scalar ``value``."""
+        return np.full(self.active.shape, value)
+
+    def div(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Return a / b, and 0 where b vanishes (a breakdown, where the quotient is not used)."""
+        return np.divide(a, b, out=np.zeros_like(b), where=np.abs(b) > TINY)
+
+    def norm(self, v: Tensor) -> np.ndarray:
+        """Return ||v|| of each column."""
+        return torch.linalg.vector_norm(v, dim=-2).numpy().astype(np.float64)
+
+    def _coefficient(self, a: np.ndarray, y: Tensor) -> Tensor:
+        return torch.from_numpy(a).to(y.dtype).unsqueeze(-2)
+
+    def scale(self, y: Tensor, a: np.ndarray) -> None:
+        """Y <- y diag(a)."""
+        y.mul_(self._coefficient(a, y))
+
+    def axpy(self, y: Tensor, a: np.ndarray, x: Tensor) -> None:
+        """Y <- y + x diag(a)."""
+        y.addcmul_(x, self._coefficient(a, y))
+
+    def xpay(self, y: Tensor, x: Tensor, a: np.ndarray) -> None:
+        """Y <- x + y diag(a)."""
+        torch.addcmul(x, y, self._coefficient(a, y), out=y)
+
+    def live(self, a: np.ndarray) -> np.ndarray:
+        """Return the coefficients, zero for frozen columns."""
+        return np.where(self.active, a, 0.0)
+
+    def to_host(self, a: np.ndarray) -> np.ndarray:
+        """Return a scalar as a NumPy array with one entry per column."""
+        return a
+
+    def keep(self, a: np.ndarray, columns: Tensor) -> np.ndarray:
+        """Return the entries of these columns."""
+        return a[..., columns.numpy()]
+
+    def freeze(self, running: np.ndarray) -> None:
+        """Let only these columns be active."""
+        self.active = running
+
+
+class TensorScalars:
+    """Columns on an accelerator; scalars stay there, and the host asks every few iterations."""
+
+    check_every = 8
+    sqrt = staticmethod(torch.sqrt)
+    maximum = staticmethod(torch.maximum)
+    minimum = staticmethod(torch.minimum)
+    hypot = staticmethod(torch.hypot)
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self.active = torch.ones(shape, dtype=torch.bool, device=device)
+
+    def full(self, value: float) -> Tensor:
+        """Return the constant scalar ``value``."""
+        return torch.full(
+            self.active.shape, value, dtype=torch.float64, device=self.active.device
+        )
+
+    def div(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return a / b, and 0 where b vanishes (a breakdown, where the quotient is not used)."""
+        return torch.where(b.abs() > TINY, a / b, 0.0)
+
+    def norm(self, v: Tensor) -> Tensor:
+        """Return ||v|| of each column."""
+        return torch.linalg.vector_norm(v, dim=-2).to(torch.float64)
+
+    def _coefficient(self, a: Tensor, y: Tensor) -> Tensor:
+        return a.to(y.dtype).unsqueeze(-2)
+
+    def scale(self, y: Tensor, a: Tensor) -> None:
+        """Y <- y diag(a)."""
+        y.mul_(self._coefficient(a, y))
+
+    def axpy(self, y: Tensor, a: Tensor, x: Tensor) -> None:
+        """Y <- y + x diag(a)."""
+        y.addcmul_(x, self._coefficient(a, y))
+
+    def xpay(self, y: Tensor, x: Tensor, a: Tensor) -> None:
+        """Y <- x + y diag(a)."""
+        torch.addcmul(x, y, self._coefficient(a, y), out=y)
+
+    def live(self, a: Tensor) -> Tensor:
+        """Return the coefficients, zero for frozen columns."""
+        return torch.where(self.active, a, 0.0)
+
+    def to_host(self, a: Tensor) -> np.ndarray:
+        """Return a scalar as a NumPy array with one entry per column."""
+        return a.cpu().numpy()
+
+    def keep(self, a: Tensor, columns: Tensor) -> Tensor:
+        """Return the entries of these columns."""
+        return a.index_select(-1, columns)
+
+    def freeze(self, running: np.ndarray) -> None:
+        """Let only these columns be active."""
+        self.active = torch.from_numpy(running).to(self.active.device)
+
+
+Scalars = FloatScalars | ArrayScalars | TensorScalars
+
+
+def scalars_for(block: Tensor) -> Scalars:
+    """Choose where the scalars of a block of columns (..., n, k) live."""
+    shape = block.shape[:-2] + block.shape[-1:]
+    if block.device.type != "cpu":
+        return TensorScalars(shape, block.device)
+    if shape == (1,):
+        return FloatScalars()
+    return ArrayScalars(shape)
+
+
+def keep_columns(state: Any, vectors: tuple[str, ...], scalars: tuple[str, ...], columns: Tensor):
+    """Drop all but these columns of the named vectors and scalars of a method's state."""
+    for name in vectors:
+        setattr(state, name, getattr(state, name).index_select(-1, columns))
+    for name in scalars:
+        setattr(state, name, state.scalars.keep(getattr(state, name), columns))

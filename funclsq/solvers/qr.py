@@ -1,0 +1,117 @@
+"""Dense QR: the workhorse for small and dense problems, rank-revealing, batched, CPU and CUDA.
+
+Tall B = Q R (with the damping rows stacked below A):
+
+    B^+ c = R^-1 Q^H c          (B^H B)^-1 g = R^-1 R^-H g.
+
+Wide B: B^H = Q R, so B^+ c = Q R^-H c and (B^H B)^+ g = Q R^-H R^-1 Q^H g.
+
+Rank. The columns of R (its rows' duals for wide B) are first divided by their norms, so that a
+mere difference of units is no rank deficiency. ||R||_F ||R^-1||_F bounds the condition number
+from above; where it stays below 1 / rcond the rank is full and the triangular solves are used.
+Otherwise the singular values of the scaled R are counted, and the minimum-norm solution comes
+from the SVD of R cut at that rank.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from funclsq.errors import RankWarning
+from funclsq.operators import Operator
+from funclsq.solution import Method
+from funclsq.solvers._protocol import Options, Raw
+from funclsq.solvers.svd import (
+    PreparedSVD,
+    count_rank,
+    default_rcond,
+    dense_stack,
+    direct_raw,
+    of_matrix,
+    pad_rows,
+)
+
+__all__ = ["PreparedQR", "prepare"]
+
+
+class PreparedQR:
+    """Q (..., p, q) and R (..., q, q) of B (tall) or of B^H (wide), of full rank."""
+
+    method = int(Method.qr)
+
+    def __init__(self, Q: Tensor, R: Tensor, wide: bool, rows: int, cond: Tensor) -> None:
+        self.Q, self.R, self.wide, self.rows = Q, R, wide, rows
+        q = R.shape[-1]
+        self.rank = torch.full(R.shape[:-2], q, dtype=torch.int64, device=R.device)
+        self.deficient = wide
+        self.cond = cond
+        self.nbytes = sum(t.numel() * t.element_size() for t in (Q, R))
+
+    def _down(self, v: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self.R.mH, v, upper=False)
+
+    def _up(self, v: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self.R, v, upper=True)
+
+    def solve(self, c: Tensor | None, g: Tensor | None) -> Raw:
+        """Apply x = B^+ c + (B^H B)^+ g."""
+        if c is not None:
+            c = pad_rows(c, self.rows)
+        if self.wide:
+            total = None if g is None else self._up(self.Q.mH @ self._lead(g))
+            if c is not None:
+                total = c if total is None else total + c
+            return direct_raw(self.Q @ self._down(self._lead(total)))
+        total = None if g is None else self._down(self._lead(g))
+        if c is not None:
+            projected = self.Q.mH @ c
+            total = projected if total is None else total + projected
+        return direct_raw(self._up(self._lead(total)))
+
+    def _lead(self, v: Tensor) -> Tensor:
+        lead = torch.broadcast_shapes(v.shape[:-2], self.R.shape[:-2])
+        return v.expand(*lead, *v.shape[-2:])
+
+
+def prepare(
+    op: Operator, damp: Tensor | None, options: Options, full_rank: bool
+) -> PreparedQR | PreparedSVD:
+    """Factorise [A; D] by QR, or by QR and an SVD of R where the rank is not full."""
+    B = dense_stack(op, damp)
+    m, n = B.shape[-2:]
+    q = min(m, n)
+    if q == 0:
+        return of_matrix(B, options, int(Method.qr))
+    wide = m < n
+    Q, R = torch.linalg.qr(B.mH if wide else B)
+    norms = torch.linalg.vector_norm(R, dim=-2, keepdim=True)
+    scaled = R / torch.where(norms > 0, norms, 1)
+    eye = torch.eye(q, dtype=R.dtype, device=R.device).expand_as(R)
+    inverse = torch.linalg.solve_triangular(scaled, eye, upper=True)
+    cond = torch.linalg.matrix_norm(scaled) * torch.linalg.matrix_norm(inverse)
+    rcond = default_rcond(m, n, B.dtype) if options.rcond is None else options.rcond
+    asked = options.rank if isinstance(options.rank, int) else q
+    if asked >= q and bool((cond * rcond < 1).all()):
+        return PreparedQR(Q, R, wide, m, cond)
+    rank = count_rank(_svdvals(scaled), m, n, B.dtype, options)
+    if asked >= q and bool((rank == q).all()):
+        return PreparedQR(Q, R, wide, m, cond)
+    if options.rank == "full" and bool((rank < q).any()):
+        warnings.warn(
+            f"rank='full' was asserted, and A has numerical rank {int(rank.min())} of {q} at "
+            f"rcond={rcond:.1e}; the minimum-norm solution is returned. Pass rank='auto'.",
+            RankWarning,
+            stacklevel=2,
+        )
+    U, s, Vh = torch.linalg.svd(R)
+    if wide:  # B = R^H Q^H = V S (Q U)^H
+        return PreparedSVD(Vh.mH, s, Q @ U, rank, int(Method.qr))
+    return PreparedSVD(Q @ U, s, Vh.mH, rank, int(Method.qr))
+
+
+def _svdvals(R: Tensor) -> Tensor:
+    finite = torch.isfinite(R).all(-1).all(-1)
+    return torch.linalg.svdvals(torch.where(finite[..., None, None], R, 0))
