@@ -120,7 +120,7 @@ def factorize(
     p = canonical("factorize", A, b, damp, weights, None, opts, "warn", check_finite)
     sparse = p.plan.structure.kind == "sparse" and b.device.type == "cpu"
     if solver == "auto" and sparse and min(p.plan.structure.shape) > 128:
-        opts = dataclasses.replace(opts, solver="cholesky")
+        opts = opts._replace(solver="cholesky")
         p = canonical("factorize", A, b, damp, weights, None, opts, "warn", check_finite)
     return Factorization(p, raw.pin(p.plan, p.params, p.w, p.d2))
 

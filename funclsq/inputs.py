@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -19,17 +19,18 @@ from funclsq.solvers import registry
 from funclsq.solvers._protocol import Options
 from funclsq.sparse import Sparse
 from funclsq.torch_sparse import is_sparse, pattern_and_values
+from funclsq.traced import traced_plan, traced_structure
 
 __all__ = ["Problem", "canonical", "matrix", "settings"]
 
+_SETTINGS = tuple(sorted(f.name for f in dataclasses.fields(Options) if f.name != "solver"))
 _KINDS = (
     "a torch tensor (dense, COO, CSR, CSC, BSR, BSC), a scipy.sparse matrix, funclsq.Sparse or "
     "funclsq.LinearOperator"
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Operands in the primitive's shapes, and how to bring the answer back.
 
     ``lead`` are the batch dimensions of the answer, ``per_column`` says that every column is a
@@ -72,7 +73,11 @@ def matrix(A: Any, name: str) -> tuple[Any, tuple[Tensor, ...], tuple[int, ...],
                 f"{type(A.values).__name__}. For JAX arrays use funclsq.jax.{name}."
             )
         _require_inexact(A.values, "A", name)
-        return SparseStructure(A.pattern), (A.values,), tuple(A.values.shape[:-1]), "csr"
+        if torch.compiler.is_compiling():
+            structure = traced_structure(A.pattern.shape, A.pattern)
+        else:
+            structure = SparseStructure(A.pattern)
+        return structure, (A.values,), tuple(A.values.shape[:-1]), "csr"
     if is_sparse(A):
         _require_inexact(A, "A", name)
         layout = "coo" if A.layout == torch.sparse_coo else "csr"
@@ -96,6 +101,8 @@ def matrix(A: Any, name: str) -> tuple[Any, tuple[Tensor, ...], tuple[int, ...],
                 f"{name}: A must be a matrix (..., m, n); got shape {tuple(A.shape)}. Add the "
                 "missing dimension with A[:, None] or A[None]."
             )
+        if torch.compiler.is_compiling():
+            return traced_structure(A.shape[-2:], None), (A,), tuple(A.shape[:-2]), "strided"
         return DenseStructure(*A.shape[-2:]), (A,), tuple(A.shape[:-2]), "strided"
     raise TypeError(f"{name}: A must be {_KINDS}; got {type(A).__name__}.")
 
@@ -117,7 +124,18 @@ def _real(dtype: torch.dtype) -> torch.dtype:
     return {torch.complex64: torch.float32, torch.complex128: torch.float64}.get(dtype, dtype)
 
 
-def settings(name: str, solver: Any, **given: Any) -> Options:
+class Settings(NamedTuple):
+    """A solver and what was asked of it, checked; plain constants, so that they can be traced."""
+
+    solver: Any
+    given: tuple[tuple[str, Any], ...]
+
+    def options(self, extra: tuple[tuple[str, Any], ...] = ()) -> Options:
+        """Freeze into Options."""
+        return Options(solver=self.solver, extra=extra, **dict(self.given))
+
+
+def settings(name: str, solver: Any, **given: Any) -> Settings:
     """Check solver and settings, and freeze them."""
     keywords: dict[str, Any] = {}
     while isinstance(solver, functools.partial):
@@ -143,12 +161,11 @@ def settings(name: str, solver: Any, **given: Any) -> Options:
             f"{type(solver).__name__}."
         )
     given = {**given, **keywords}
-    known = {f.name for f in dataclasses.fields(Options)} - {"solver"}
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise TypeError(
-            f"{name}: unknown setting {unknown[0]!r}; the settings are {', '.join(sorted(known))}."
-        )
+    for key in given:
+        if key not in _SETTINGS:
+            raise TypeError(
+                f"{name}: unknown setting {key!r}; the settings are {', '.join(_SETTINGS)}."
+            )
     rank = given.get("rank", "auto")
     if not (rank in ("auto", "full") or (isinstance(rank, int) and rank >= 0)):
         raise ValueError(f"{name}: rank must be 'auto', 'full' or an int >= 0; got {rank!r}.")
@@ -159,7 +176,7 @@ def settings(name: str, solver: Any, **given: Any) -> Options:
     maxiter = given.get("maxiter")
     if maxiter is not None and not (isinstance(maxiter, int) and maxiter >= 0):
         raise ValueError(f"{name}: maxiter must be an int >= 0 or None; got {maxiter!r}.")
-    return Options(solver=solver, **given)
+    return Settings(solver, tuple(given.items()))
 
 
 def canonical(
@@ -169,7 +186,7 @@ def canonical(
     damp: Any,
     weights: Any,
     x0: Any,
-    options: Options,
+    options: Settings,
     on_failure: str,
     check_finite: bool,
 ) -> Problem:
@@ -215,16 +232,15 @@ def canonical(
         _flat(p.reshape(*p.shape[p.ndim - d :]) if not lead_a else p, full, d)
         for p, d in zip(params, structure.param_ndims)
     )
-    plan = Plan.of(
-        structure,
-        dataclasses.replace(options, extra=(*options.extra, ("layout", layout), ("vector", vector)))
-        if callable(options.solver)
-        else options,
-        _full_column_rank(options.rank, m, n, name),
-        damped,
-        on_failure,
-        check_finite,
-    )
+    rank = dict(options.given).get("rank", "auto")
+    full_rank = _full_column_rank(rank, m, n, name)
+    if torch.compiler.is_compiling():
+        plan: Any = traced_plan(structure, options, full_rank, damped, on_failure, check_finite)
+    else:
+        extra = (("layout", layout), ("vector", vector)) if callable(options.solver) else ()
+        plan = Plan.of(
+            structure, options.options(extra), full_rank, damped, on_failure, check_finite
+        )
     return Problem(
         plan,
         params,

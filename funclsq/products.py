@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = ["csr_mm", "csr_tensor", "sddmm_csr"]
 
 COLUMN_BLOCK = 8  # torch's CSR product slows down erratically beyond this many columns
+SMALL_WORK = 1 << 18  # nnz x columns below which the cost of a call outweighs that
 _lock = threading.Lock()
 _announced = False
 
@@ -41,14 +42,15 @@ def csr_mm(matrix: Tensor, X: Tensor, out: Tensor | None = None) -> Tensor:
         return X.new_zeros((m, k)) if out is None else out.zero_()
     if k == 1 and X.stride(0) == 1 and out is None:
         return torch.mv(matrix, X[:, 0]).unsqueeze(1)
-    if k <= COLUMN_BLOCK or matrix.is_cuda:
+    width = max(COLUMN_BLOCK, SMALL_WORK // matrix._nnz())
+    if k <= width or matrix.is_cuda:
         if out is None:
             return torch.mm(matrix, X)
         return torch.addmm(out, matrix, X, beta=0, out=out)
     if out is None:
         out = X.new_empty((m, k))
-    for start in range(0, k, COLUMN_BLOCK):
-        stop = min(start + COLUMN_BLOCK, k)
+    for start in range(0, k, width):
+        stop = min(start + width, k)
         out[:, start:stop] = torch.mm(matrix, X[:, start:stop].contiguous())
     return out
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from funclsq.backends import NotPositive
 from funclsq.operators import Operator
+from funclsq.solution import Status
 from funclsq.solvers._normal import Normal
 from funclsq.solvers._nullspace import Small, largest, small_directions, smallest
-from funclsq.solvers._refine import refine
+from funclsq.solvers._refine import refine, refine_image
 
 __all__ = ["Core", "NeedsDense"]
 
@@ -43,9 +44,9 @@ class Core:
     """
 
     def __init__(
-        self, B: Operator, rcond: float, backend: str | None, full_rank: bool = False
+        self, B: Operator, rcond: float, backend: str | None, equivariant: bool = False
     ) -> None:
-        self.normal = Normal(B, backend)
+        self.normal = Normal(B, backend, 0.0 if equivariant else rcond)
         self.small: Small | None = None
         self.null: Tensor | None = None  # orthonormal null vectors of B itself, zero-padded
         self._lock = threading.Lock()
@@ -53,11 +54,10 @@ class Core:
         self.rank = columns
         self.top = largest(self.normal)
         self.deficient = self.normal.zero.any(-1)
-        if self._plainly():
-            return
-        self._carefully(rcond)
+        if not self._plainly(rcond):
+            self._carefully(rcond)
 
-    def _plainly(self) -> bool:
+    def _plainly(self, rcond: float) -> bool:
         """Factor N as it is; False if it is too ill-conditioned for that."""
         try:
             self.normal.factor()
@@ -65,13 +65,16 @@ class Core:
             return False
         bottom = smallest(self.normal)
         self.cond = torch.where(self.top > 0, self.top / bottom, 1.0)
-        return bool((self.cond < EASY).all())
+        return bool((self.cond < min(EASY, 1 / (MARGIN * max(rcond, 1e-300)))).all())
 
     def _carefully(self, rcond: float) -> None:
         """Shift, and find the directions that the shift spoils."""
         normal, n = self.normal, self.normal.n
-        normal.factor_shifted(16 * n**0.5 * normal.eps)
-        limit = torch.full_like(self.top, (10 * normal.shift) ** 0.5)
+        try:
+            normal.factor_shifted(16 * n**0.5 * normal.eps)
+        except NotPositive as error:
+            raise NeedsDense(str(error)) from None
+        limit = (2 * MARGIN * rcond * self.top).clamp(min=(10 * normal.shift) ** 0.5)
         room = n - int(normal.zero.sum(-1).max())
         most = min(room, max(64, min(n // 4, 1024)))
         small = small_directions(normal, limit, rcond * self.top, most)
@@ -104,13 +107,15 @@ class Core:
 
     def _rough(self, q: Tensor) -> Tensor:
         """P q with P near (B^H B)^+ in the scaled variables."""
-        q = torch.where(self.normal.zero.unsqueeze(-1), 0, q)
         if self.small is None:
-            return self.normal.solve(q)
-        q = q - self._nulls @ (self._nulls.mH @ q)
-        z = self.normal.solve(q)
+            return self.normal.solve(torch.where(self.normal.zero.unsqueeze(-1), 0, q))
         V = self.small.V
-        z = z + V @ (self._weights.unsqueeze(-1) * (V.mH @ q))
+        return self._fine(q) + V @ (self._weights.unsqueeze(-1) * (V.mH @ q))
+
+    def _fine(self, q: Tensor) -> Tensor:
+        """The shifted inverse on the row space."""
+        q = torch.where(self.normal.zero.unsqueeze(-1), 0, q)
+        z = self.normal.solve(q - self._nulls @ (self._nulls.mH @ q))
         return z - self._nulls @ (self._nulls.mH @ z)
 
     def project(self, v: Tensor) -> Tensor:
@@ -126,7 +131,21 @@ class Core:
         if g is not None:
             g = scale * self.project(g)
         x, status, steps = refine(self.normal.B, self._rough, c, g, self.normal.eps)
-        return self.project(scale * x), status, steps
+        return self._checked(self.project(scale * x), status, steps)
+
+    def _checked(self, x: Tensor, status: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        broken = self.normal.broken
+        if bool(broken.any()):
+            x = torch.where(broken[..., None, None], torch.nan, x)
+            status = torch.where(broken[..., None], int(Status.NONFINITE), status)
+        return x, status, steps
+
+    def image(self, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return B G^+ g, status and corrections per column."""
+        g = self.normal.scale.unsqueeze(-1) * self.project(g)
+        fine = None if self.small is None else self._fine
+        found = refine_image(self.normal.B, self._rough, fine, g, self.normal.eps)
+        return self._checked(*found)
 
 
 def _orthonormal(V: Tensor, keep: Tensor) -> Tensor:

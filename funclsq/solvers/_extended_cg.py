@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funclsq.solvers._golub_kahan import Inverse
 from funclsq.solvers._scalars import Scalars, keep_columns
 
 __all__ = ["ExtendedCg"]
@@ -38,6 +39,8 @@ class ExtendedCg:
         c.
     scalars : Scalars
         Where the Greek letters live.
+    inverse : callable, optional
+        Applies a preconditioner N^-1, N ~ A^H A.
     g : Tensor, shape (..., n, k), or None
         g; in the range of A^H. None means zero.
 
@@ -46,20 +49,35 @@ class ExtendedCg:
     Cost of a step: one product each way, six passes over vectors (two of length m).
     """
 
-    def __init__(self, op: Any, rhs: Tensor, scalars: Scalars, g: Tensor | None = None) -> None:
-        self.op, self.scalars, self.g = op, scalars, g
-        # r_0 = c,  s_0 = g + A^H r_0,  p_1 = s_0,  gamma_0 = ||s_0||^2
+    def __init__(
+        self,
+        op: Any,
+        rhs: Tensor,
+        scalars: Scalars,
+        inverse: Inverse | None = None,
+        g: Tensor | None = None,
+    ) -> None:
+        self.op, self.scalars, self.inverse, self.g = op, scalars, inverse, g
+        # r_0 = c,  s_0 = g + A^H r_0,  t_0 = N^-1 s_0,  p_1 = t_0,  gamma_0^2 = s_0^H t_0
         self.r = rhs.clone(memory_format=torch.contiguous_format)
         self.s = op.rmv(self.r)
         if g is not None:
             self.s.add_(g)
-        self.p, self.x, self.q = self.s.clone(), torch.zeros_like(self.s), torch.empty_like(self.r)
+        self.x, self.q = torch.zeros_like(self.s), torch.empty_like(self.r)
         one, zero = scalars.full(1.0), scalars.full(0.0)
-        self.rnorm, self.arnorm = scalars.norm(self.r), scalars.norm(self.s)
+        self.rnorm, (t, self.arnorm) = scalars.norm(self.r), self._preconditioned()
+        self.p = t.clone()
         self.pnorm = self.arnorm
         self.anorm, self.acond = zero, one
         self.diagonal, self.off = zero, zero  # of the Lanczos matrix that CG builds of A^H A
-        self.ratio_max, self.ratio_min = zero, scalars.full(float("inf"))
+        self.stretch_max, self.stretch_min = zero, scalars.full(float("inf"))
+
+    def _preconditioned(self) -> tuple[Tensor, Any]:
+        """Return t = N^-1 s and (s^H t)^(1/2), which is ||A^H r|| without a preconditioner."""
+        if self.inverse is None:
+            return self.s, self.scalars.norm(self.s)
+        t = self.inverse(self.s)
+        return t, self.scalars.inner_norm(self.s, t)
 
     def step(self) -> None:
         """Advance x_{k-1} to x_k."""
@@ -75,25 +93,25 @@ class ExtendedCg:
         self.s = self.op.rmv(self.r, out=self.s)
         if self.g is not None:
             self.s.add_(self.g)
-        self.rnorm, self.arnorm = s.norm(self.r), s.norm(self.s)
-        # beta_k = (gamma_k / gamma_{k-1})^2,  p_{k+1} = s_k + beta_k p_k
+        self.rnorm, (t, self.arnorm) = s.norm(self.r), self._preconditioned()
+        # beta_k = (gamma_k / gamma_{k-1})^2,  p_{k+1} = t_k + beta_k p_k
         ratio = s.div(self.arnorm, gamma)
         beta = ratio * ratio
-        s.xpay(self.p, self.s, s.live(beta))
+        s.xpay(self.p, t, s.live(beta))
         self._estimate(alpha, beta, ratio, s.div(qnorm, self.pnorm))
         self.pnorm = s.hypot(self.arnorm, beta * self.pnorm)
 
     def _estimate(self, alpha: Any, beta: Any, ratio: Any, stretch: Any) -> None:
         """Bound ||A|| by the rows of the Lanczos matrix, and cond(A) by ||A p|| / ||p||."""
         s = self.scalars
-        inverse = s.div(s.full(1.0), alpha)
+        inverse = s.inverse(alpha)
         off = ratio * inverse
         row = s.sqrt(inverse + self.diagonal + self.off + off)
         self.anorm = s.maximum(self.anorm, row)
         self.diagonal, self.off = beta * inverse, off
-        self.ratio_max = s.maximum(self.ratio_max, stretch)
-        self.ratio_min = s.minimum(self.ratio_min, stretch)
-        self.acond = s.div(self.ratio_max, self.ratio_min)
+        self.stretch_max = s.maximum(self.stretch_max, stretch)
+        self.stretch_min = s.minimum(self.stretch_min, stretch)
+        self.acond = s.div(self.stretch_max, self.stretch_min)
 
     def keep(self, columns: Tensor) -> None:
         """Drop all but these columns of the state."""
@@ -101,4 +119,14 @@ class ExtendedCg:
         keep_columns(self, vectors, _SCALARS, columns)
 
 
-_SCALARS = tuple("rnorm arnorm pnorm anorm acond diagonal off ratio_max ratio_min".split())
+_SCALARS = (
+    "rnorm",
+    "arnorm",
+    "pnorm",
+    "anorm",
+    "acond",
+    "diagonal",
+    "off",
+    "stretch_max",
+    "stretch_min",
+)

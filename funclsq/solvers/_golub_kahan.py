@@ -6,11 +6,20 @@ Golub & Kahan (1965), in the form (Bidiag 1) of Paige & Saunders (1982):
     beta_{k+1} u_{k+1} = A v_k - alpha_k u_k,
     alpha_{k+1} v_{k+1} = A^H u_{k+1} - beta_{k+1} v_k,
 
-with alpha, beta >= 0 such that u and v have unit norm.
+with alpha, beta >= 0 such that u and v have unit norm. With a preconditioner N ~ A^H A, norms of v
+are those of N (Arridge, Betcke & Harhanen 2014, which needs no factor of N): p = N v is carried
+along, alpha p = A^H u - beta p, v = N^-1 p, p^H v = 1.
+
+References
+----------
+S. R. Arridge, M. M. Betcke and L. Harhanen, Iterated preconditioned LSQR method for inverse
+problems on unstructured grids, Inverse Problems 30 (2014) 075009,
+doi:10.1088/0266-5611/30/7/075009.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +27,9 @@ from torch import Tensor
 
 from funclsq.solvers._scalars import Scalars, keep_columns
 
-__all__ = ["GolubKahan"]
+__all__ = ["GolubKahan", "Inverse"]
+
+Inverse = Callable[[Tensor], Tensor]
 
 
 class GolubKahan:
@@ -32,19 +43,36 @@ class GolubKahan:
         b; not written to.
     scalars : Scalars
         Where alpha and beta live.
+    inverse : callable, optional
+        Applies N^-1 to a block of columns.
     """
 
-    def __init__(self, op: Any, rhs: Tensor, scalars: Scalars) -> None:
-        self.op, self.scalars = op, scalars
+    def __init__(
+        self, op: Any, rhs: Tensor, scalars: Scalars, inverse: Inverse | None = None
+    ) -> None:
+        self.op, self.scalars, self.inverse = op, scalars, inverse
         # beta_1 u_1 = b
         self.u = rhs.clone(memory_format=torch.contiguous_format)
         self.beta: Any = scalars.norm(self.u)
-        scalars.scale(self.u, scalars.div(scalars.full(1.0), self.beta))
+        scalars.scale(self.u, scalars.inverse(self.beta))
         # alpha_1 v_1 = A^H u_1
-        self.v = op.rmv(self.u)
-        self.alpha: Any = scalars.norm(self.v)
-        scalars.scale(self.v, scalars.div(scalars.full(1.0), self.alpha))
-        self.u_next, self.v_next = torch.empty_like(self.u), torch.empty_like(self.v)
+        self.p = op.rmv(self.u)
+        self._normalise(self.p)
+        self.u_next, self.p_next = torch.empty_like(self.u), torch.empty_like(self.p)
+
+    def _normalise(self, p: Tensor) -> None:
+        """Scale p so that p^H v = 1; v is p itself without a preconditioner."""
+        s = self.scalars
+        if self.inverse is None:
+            self.alpha: Any = s.norm(p)
+            s.scale(p, s.inverse(self.alpha))
+            self.v = p
+        else:
+            v = self.inverse(p)
+            self.alpha = s.inner_norm(p, v)
+            s.scale(p, s.inverse(self.alpha))
+            s.scale(v, s.inverse(self.alpha))
+            self.v = v
 
     def step(self) -> None:
         """Advance alpha, beta, u and v by one index."""
@@ -53,15 +81,14 @@ class GolubKahan:
         u = self.op.mv(self.v, out=self.u_next)
         s.axpy(u, -self.alpha, self.u)
         self.beta = s.norm(u)
-        s.scale(u, s.div(s.full(1.0), self.beta))
+        s.scale(u, s.inverse(self.beta))
         self.u, self.u_next = u, self.u
         # alpha_{k+1} v_{k+1} = A^H u_{k+1} - beta_{k+1} v_k
-        v = self.op.rmv(u, out=self.v_next)
-        s.axpy(v, -self.beta, self.v)
-        self.alpha = s.norm(v)
-        s.scale(v, s.div(s.full(1.0), self.alpha))
-        self.v, self.v_next = v, self.v
+        p = self.op.rmv(u, out=self.p_next)
+        s.axpy(p, -self.beta, self.p)
+        self._normalise(p)
+        self.p, self.p_next = p, self.p
 
     def keep(self, columns: Tensor) -> None:
         """Drop all but these columns of the state."""
-        keep_columns(self, ("u", "v", "u_next", "v_next"), ("alpha", "beta"), columns)
+        keep_columns(self, ("u", "v", "u_next", "p", "p_next"), ("alpha", "beta"), columns)

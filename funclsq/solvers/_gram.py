@@ -12,16 +12,27 @@ gather, one product and one segmented sum for all members:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import scipy.sparse
 
 from funclsq.pattern import SparsityPattern
 
-__all__ = ["Gram", "gram_of", "predict", "square"]
+__all__ = ["Gram", "estimate", "gram_of", "predict", "square"]
 
 MAX_PAIRS = 10_000_000  # longer lists are not kept (80 MB): members are multiplied one by one
-_CHUNK = 4_000_000  # pairs x members multiplied at a time
+_CACHED = 100_000  # pairs x members multiplied at a time
 _SAMPLE = 128  # columns of N counted by predict
+
+
+class _Pairs(NamedTuple):
+    """Which values of B meet in N; ``place[e]`` numbers the sum that entry e of N takes."""
+
+    first: np.ndarray
+    second: np.ndarray
+    starts: np.ndarray
+    place: np.ndarray
 
 
 class Gram:
@@ -56,7 +67,7 @@ class Gram:
         self.diagonal = np.flatnonzero(self.rows == self.indices)
         counts = np.diff(pattern.indptr).astype(np.int64)
         self.pairs = int((counts * (counts + 1) // 2).sum())
-        self._plan: tuple[np.ndarray, ...] | None = None
+        self._plan: _Pairs | None = None
 
     @property
     def n(self) -> int:
@@ -72,12 +83,21 @@ class Gram:
         """Values of N, (..., nnz), from the CSR values of B, (..., nnz of B)."""
         if v.ndim == 1:
             return self._product(v)
-        with self.pattern.lock:
-            if self._plan is None and self.pairs <= MAX_PAIRS:
-                self._plan = self._make_plan()
-        if self._plan is not None:
-            return self._planned(v)
-        return np.stack([self._product(member) for member in v])
+        if self.pairs > MAX_PAIRS:
+            return np.stack([self._product(member) for member in v])
+        return self._planned(v, self._pairs().place)
+
+    def dense(self, v: np.ndarray) -> np.ndarray:
+        """N as a full array, (..., n, n)."""
+        n = self.n
+        at = self.rows.astype(np.int64) * n + self.indices
+        if v.ndim == 2 and self.pairs <= MAX_PAIRS:
+            place = np.full(n * n, -1)
+            place[at] = self._pairs().place
+            return self._planned(v, place).reshape(-1, n, n)
+        out = np.zeros((*v.shape[:-1], n * n), dtype=v.dtype)
+        out[..., at] = self.values(v)
+        return out.reshape(*v.shape[:-1], n, n)
 
     def _product(self, v: np.ndarray) -> np.ndarray:
         N = square(self.pattern, v)
@@ -96,26 +116,33 @@ class Gram:
         full[self._holes] = out
         return full
 
-    def _planned(self, v: np.ndarray) -> np.ndarray:
-        first, second, starts, entry, mirror = self._plan  # type: ignore[misc]
-        out = np.zeros((*v.shape[:-1], self.nnz), dtype=v.dtype)
-        if entry.size == 0:
+    def _planned(self, v: np.ndarray, place: np.ndarray) -> np.ndarray:
+        """Multiply and sum the pairs of all members; put sum ``place[e]`` at e, 0 where it is -1.
+
+        Members run along the fast axis, in blocks that stay in the cache.
+        """
+        first, second, starts, _ = self._pairs()
+        out = np.zeros((v.shape[0], place.size), dtype=v.dtype)
+        if starts.size == 0:
             return out
-        rows = out.reshape(-1, self.nnz)
-        members = v.reshape(-1, v.shape[-1])
-        step = max(1, _CHUNK // first.size)
-        for at in range(0, members.shape[0], step):
-            part = members[at : at + step]
-            product = part.take(second, axis=-1)
-            left = part.take(first, axis=-1)
-            product *= left.conj() if np.iscomplexobj(v) else left
-            half = np.add.reduceat(product, starts, axis=-1)
-            block = rows[at : at + step]
-            block[:, entry] = half
-            block[:, mirror] = half.conj() if np.iscomplexobj(v) else half
+        step = max(1, _CACHED // first.size)
+        for at in range(0, v.shape[0], step):
+            part = np.ascontiguousarray(v[at : at + step].T)
+            products = part.take(second, axis=0)
+            left = part.take(first, axis=0)
+            products *= left.conj() if np.iscomplexobj(v) else left
+            half = np.add.reduceat(products, starts, axis=0)
+            whole = np.concatenate((half, half.conj(), np.zeros_like(half[:1])))
+            out[at : at + step] = whole[place].T
         return out
 
-    def _make_plan(self) -> tuple[np.ndarray, ...]:
+    def _pairs(self) -> _Pairs:
+        with self.pattern.lock:
+            if self._plan is None:
+                self._plan = self._make_pairs()
+            return self._plan
+
+    def _make_pairs(self) -> _Pairs:
         """Pairs (p, q) of entries in one row with column p >= column q, sorted by N's entry."""
         p, q = _pairs_in_rows(self.pattern.indptr)
         indices = self.pattern.indices
@@ -127,9 +154,10 @@ class Gram:
         starts = np.flatnonzero(new)
         key = self.rows.astype(np.int64) * self.n + self.indices
         i, j = i[starts].astype(np.int64), j[starts].astype(np.int64)
-        entry = np.searchsorted(key, i * self.n + j)
-        mirror = np.searchsorted(key, j * self.n + i)
-        return p, q, starts, entry, mirror
+        place = np.full(self.nnz, -1)  # sums of the upper triangle are those below, conjugated
+        place[np.searchsorted(key, j * self.n + i)] = np.arange(i.size) + i.size
+        place[np.searchsorted(key, i * self.n + j)] = np.arange(i.size)
+        return _Pairs(p, q, starts, place)
 
 
 def gram_of(pattern: SparsityPattern) -> Gram:
@@ -142,27 +170,30 @@ def gram_of(pattern: SparsityPattern) -> Gram:
 
 
 def predict(pattern: SparsityPattern) -> tuple[int, float]:
-    """Estimate (nnz, density) of the smaller of A^H A and A A^H without forming it.
+    """Estimate (nnz, density) of the smaller of A^H A and A A^H without forming it."""
+    return estimate(pattern if pattern.shape[0] >= pattern.shape[1] else pattern.T)
 
-    Exact where it is known already; otherwise columns drawn at random are counted, at the cost
-    of a 1/(n/128) part of the product.
+
+def estimate(pattern: SparsityPattern) -> tuple[int, float]:
+    """Estimate (nnz, density) of A^H A without forming it.
+
+    Exact where it is known already or A has few columns; otherwise columns drawn at random are
+    counted, at 128/n of the cost of the product.
     """
-    m, n = pattern.shape
-    if m < n:
-        return predict(pattern.T)
+    n = max(1, pattern.shape[1])
     with pattern.lock:
         known = pattern.cache.get("gram")
         if known is not None:
-            return known.nnz, known.nnz / max(1, n) ** 2
+            return known.nnz, known.nnz / n**2
         found = pattern.cache.get("gram_estimate")
         if found is None:
-            B = _csr(pattern, np.ones(pattern.nnz_unique))
-            sample = np.arange(n)
+            ones = np.ones(pattern.nnz_unique)
+            sample = np.arange(pattern.shape[1])
             if n > _SAMPLE:
-                sample = np.random.default_rng(0).choice(n, _SAMPLE, replace=False)
-            T = _adjoint(pattern, B.data)[np.sort(sample)]
-            nnz = int((T @ B).nnz * (n / max(1, sample.size)))
-            found = pattern.cache["gram_estimate"] = (nnz, nnz / max(1, n) ** 2)
+                sample = np.sort(np.random.default_rng(0).choice(n, _SAMPLE, replace=False))
+            part = _adjoint(pattern, ones)[sample] @ _csr(pattern, ones)
+            nnz = int(part.nnz * (n / max(1, sample.size)))
+            found = pattern.cache["gram_estimate"] = (nnz, nnz / n**2)
     return found
 
 

@@ -26,7 +26,7 @@ _XNORM_EVERY = 10  # ||x_k|| only grows, so an old value is a safe one in the te
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """What a run is asked for: ||A^H r|| <= atol ||A|| ||r|| or ||r|| <= btol ||b|| + atol ||A|| ||x||.
+    """What ends a run: ||A^H r|| <= atol ||A|| ||r||, or ||r|| <= btol ||b|| + atol ||A|| ||x||.
 
     Parameters
     ----------
@@ -37,8 +37,13 @@ class Targets:
     bnorm, xnorm, rnorm : ndarray, shape (..., k)
         ||b|| of the whole problem, of which the run may solve a correction, and ||x|| and ||r||
         before the run (0 for the first).
+    xlimit : float
+        Largest ||A|| ||x|| / ||b|| at which the rounding of A x still shows the residual. Beyond,
+        A x = b is not tested.
     consistent : bool
         Whether A x = b is a test at all (it is not for a right-hand side g in the domain).
+    bounded : bool
+        Whether to stop beyond ``xlimit``: where A may have a null space, x is growing into it.
     """
 
     atol: float
@@ -48,7 +53,9 @@ class Targets:
     bnorm: np.ndarray
     xnorm: np.ndarray
     rnorm: np.ndarray
+    xlimit: float
     consistent: bool = True
+    bounded: bool = False
 
 
 @dataclasses.dataclass
@@ -72,7 +79,7 @@ def iterate(
     targets: Targets,
     maxiter: int,
     report: Report | None = None,
-    **extra: Tensor | None,
+    **extra: Any,
 ) -> Run:
     """Run ``method`` until every column has met its targets or ``maxiter`` steps are made.
 
@@ -90,6 +97,8 @@ def iterate(
         Largest number of steps.
     report : callable, optional
         Called at every check with (iteration, active, ||r||, ||A^H r||).
+    **extra
+        Further arguments of ``method``: a preconditioner ``inverse``, a ``g``.
 
     Returns
     -------
@@ -107,8 +116,8 @@ def _iterate_one(
     state: Any, scalars: FloatScalars, targets: Targets, maxiter: int, report: Report | None
 ) -> Run:
     """Run one column with Python floats."""
-    atol, conlim = targets.atol, targets.conlim
-    floor, xnorm = targets.btol * float(targets.bnorm[0]), float(targets.xnorm[0])
+    atol, conlim, bnorm = targets.atol, targets.conlim, float(targets.bnorm[0])
+    floor, limit, xnorm = targets.btol * bnorm, targets.xlimit * bnorm, float(targets.xnorm[0])
     outer, best, since = float(targets.rnorm[0]), float("inf"), 0
     consistent = targets.consistent
     count, status = 0, Status.START_SOLVES
@@ -121,7 +130,8 @@ def _iterate_one(
                 xnorm = max(xnorm, scalars.norm(state.x))
             if report is not None:
                 report(count, np.array([True]), np.array([rnorm]), np.array([arnorm]))
-            if consistent and rnorm <= floor + atol * anorm * xnorm:
+            image = anorm * xnorm  # about ||A x||, or more where A x cancels
+            if consistent and rnorm <= floor + (atol * image if image <= limit else 0.0):
                 status = _name(Status.RESIDUAL_SMALL, targets)
             elif arnorm <= atol * anorm * max(rnorm, outer):
                 status = _name(Status.NORMAL_RESIDUAL_SMALL, targets)
@@ -129,6 +139,8 @@ def _iterate_one(
                 status = Status.CONDITION_LIMIT
             elif not rnorm + arnorm < float("inf"):
                 status = Status.NONFINITE
+            elif targets.bounded and image > limit:
+                status = Status.STAGNATED
             elif arnorm < best:
                 best, since = arnorm, count
                 continue
@@ -162,7 +174,7 @@ def _iterate_block(
     """Run many columns (and batch members) together."""
     host = scalars.to_host
     k = state.x.shape[-1]
-    shape = state.x.shape[:-2] + (k,)
+    shape = (*state.x.shape[:-2], k)
     out = Run(
         torch.zeros_like(state.x),
         np.full(shape, _RUNNING),
@@ -219,14 +231,16 @@ def _check(
     )
     running = out.status[..., columns] == _RUNNING
     status = np.full(running.shape, _RUNNING)
-    status[stalled[..., columns]] = int(Status.STAGNATED)
+    bnorm = targets.bnorm[..., columns]
+    image = anorm * xnorm[..., columns]  # about ||A x||, or more where A x cancels
+    blown = image > targets.xlimit * bnorm
+    status[stalled[..., columns] | (blown & targets.bounded)] = int(Status.STAGNATED)
     status[~(rnorm + arnorm < np.inf)] = int(Status.NONFINITE)
     status[acond >= targets.conlim] = int(Status.CONDITION_LIMIT)
     small = arnorm <= targets.atol * anorm * np.fmax(rnorm, targets.rnorm[..., columns])
     status[small] = int(_name(Status.NORMAL_RESIDUAL_SMALL, targets))
     if targets.consistent:
-        floor = targets.btol * targets.bnorm[..., columns]
-        solved = rnorm <= floor + targets.atol * anorm * xnorm[..., columns]
+        solved = rnorm <= targets.btol * bnorm + np.where(blown, 0.0, targets.atol * image)
         status[solved] = int(_name(Status.RESIDUAL_SMALL, targets))
     for whole, part in (
         (out.status, status),
@@ -238,7 +252,7 @@ def _check(
 
 
 def _compact(state: Any, scalars: Any, out: Run, columns: np.ndarray) -> np.ndarray:
-    """Drop columns that have stopped (in every batch member) once they are a quarter of the block."""
+    """Drop the columns that have stopped (in every member) once they are a quarter of the block."""
     running = (out.status[..., columns] == _RUNNING).reshape(-1, len(columns)).any(axis=0)
     if running.sum() * 4 > len(columns) * 3:
         return columns

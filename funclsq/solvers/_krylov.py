@@ -15,6 +15,7 @@ of one solve, and saves more in every derivative.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -78,10 +79,12 @@ class PreparedKrylov:
         full_rank: bool,
     ) -> None:
         self._kind, self.method, self._options = method, int(code), options
-        damped = damp is not None and bool((damp > 0).any())
         self._op = op
-        self._system = StackedOp(op, damp) if damped else op
-        known = full_rank or op.shape[1] == 0 or (damped and bool((damp > 0).all()))
+        if damp is None or not bool((damp > 0).any()):
+            self._system, damped = op, False
+        else:
+            self._system, damped = StackedOp(op, damp), bool((damp > 0).all())
+        known = full_rank or damped or op.shape[1] == 0
         m, n = self._system.shape
         self._column_norms = self._system.column_norms()
         if known:
@@ -90,15 +93,29 @@ class PreparedKrylov:
             self._full = False
         else:
             self._full = None  # not known yet
+        self._probed = False
         self._scaled: dict[bool, tuple[Any, Tensor | None]] = {}
         self.cond: Tensor | None = None
+
+    @property
+    def assumed_deficient(self) -> bool:
+        """What to assume of the rank before working for it: deficient unless known not to be."""
+        return self._full is not True
+
+    def with_options(self, options: Options) -> PreparedKrylov:
+        """Return the same operator with other options; what was found of it is kept."""
+        other = copy.copy(self)
+        other._options = options
+        if options.maxiter != self._options.maxiter and self._full is False and self._probed:
+            other._full, other._probed = None, False  # more steps may find full rank
+        return other
 
     @property
     def deficient(self) -> bool:
         """Whether B may lack full column rank."""
         if self._full is None:
             with torch.no_grad():
-                self._full = self._probe()
+                self._full, self._probed = self._probe(), True
         return not self._full
 
     @property
@@ -135,6 +152,7 @@ class PreparedKrylov:
         Raw
             x, and per column the status and the number of steps.
         """
+        c, g = self._batched(c), self._batched(g)
         with torch.no_grad():
             if not self.deficient:
                 answer, _, x = self._definite(c, g)
@@ -156,12 +174,19 @@ class PreparedKrylov:
             y, shape (m, k) or (B, m, k), and per column the status and the number of steps.
         """
         with torch.no_grad():
+            g = self._batched(g)
             if not self.deficient:
                 answer, unit, _ = self._definite(None, g)
                 y = -answer.r * unit
             else:
                 answer, y = self._adjoint_least_norm(g)
             return self._raw(y[..., : self._op.shape[0], :], answer)
+
+    def _batched(self, block: Any) -> Any:
+        """Give a block the batch dimension of the operator."""
+        if block is None or self._system.batch is None or block.ndim == 3:
+            return block
+        return block.expand(self._system.batch, *block.shape)
 
     def _raw(self, x: Tensor, answer: Answer) -> Raw:
         self._note(answer)
@@ -187,8 +212,10 @@ class PreparedKrylov:
         c = None if c is None else _pad(c, op.shape[0])
         if g is not None and scale is not None:
             g = g * scale.unsqueeze(-1)
-        unit = _unit(c, g)
-        answer = self._run(op, None if c is None else c / unit, None if g is None else g / unit)
+        unit = _unit(*(t for t in (c, g) if t is not None))
+        answer = self._run(
+            op, scale, None if c is None else c / unit, None if g is None else g / unit
+        )
         x = answer.x if scale is None else answer.x * scale.unsqueeze(-1)
         return answer, unit, x * unit
 
@@ -198,24 +225,25 @@ class PreparedKrylov:
         if g is not None:
             first, y = self._adjoint_least_norm(g)
             c = y if c is None else _pad(c, y.shape[-2]) + y
+        assert c is not None
         op, scale = self._operator(columns=False)
         c = _pad(c, op.shape[0])
-        unit = _unit(c, None)
-        answer = self._run(op, c / unit, None)
+        unit = _unit(c)
+        answer = self._run(op, scale, c / unit, None)
         x = answer.x if scale is None else answer.x * scale.unsqueeze(-1)
         return (answer if first is None else _worse(first, answer)), x * unit
 
     def _adjoint_least_norm(self, g: Tensor) -> tuple[Answer, Tensor]:
         """Solve min ||B^H y - g|| for the y of least norm."""
         op, scale = self._operator(columns=False)
-        unit = _unit(None, g)
-        answer = self._run(_Adjoint(op), g / unit, None)
+        unit = _unit(g)
+        answer = self._run(_Adjoint(op), None, g / unit, None)
         y = answer.x * unit
         return answer, y if scale is None else y * scale[..., :1].unsqueeze(-1)
 
     def _probe(self) -> bool:
         """Find whether B has full column rank: are random w the least-norm solutions for B S w."""
-        op, _ = self._operator(columns=True)
+        op, scale = self._operator(columns=True)
         eps = torch.finfo(op.dtype).eps
         count, level = (1, 1e-5) if eps < 1e-10 else (3, 2e-2)
         generator = torch.Generator().manual_seed(20110)
@@ -225,7 +253,7 @@ class PreparedKrylov:
             w = w.expand(op.batch, *w.shape)
         w = w.contiguous()
         settings = dataclasses.replace(
-            self._settings(op, self._kind, None), atol=eps**0.5, btol=eps**0.5
+            self._settings(op, scale, self._kind, None), atol=eps**0.5, btol=eps**0.5
         )
         for _ in range(2):  # the first is enough for all but a large cond(B)
             answer = solve_verified(self._kind, op, op.mv(w), None, settings)
@@ -236,17 +264,26 @@ class PreparedKrylov:
                 break
         return False
 
-    def _run(self, op: Any, c: Tensor | None, g: Tensor | None) -> Answer:
+    def _run(self, op: Any, scale: Tensor | None, c: Tensor | None, g: Tensor | None) -> Answer:
         """Run the method, or ExtendedCg where there is a g, on a scaled system."""
         if c is None:
+            assert g is not None
             c = g.new_zeros((*g.shape[:-2], op.shape[0], g.shape[-1]))
-        elif g is not None:
-            c, g = _match(c, g)
         method = self._kind if g is None else ExtendedCg
         with reporter(self._options) as report:
-            return solve_verified(method, op, c, g, self._settings(op, method, report))
+            return solve_verified(method, op, c, g, self._settings(op, scale, method, report))
 
-    def _settings(self, op: Any, method: Any, report: Any) -> Settings:
+    def _inverse(self, scale: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+        """Give the preconditioner of the scaled variable: N = S A0^H A0 S."""
+        preconditioner = self._options.preconditioner
+        if preconditioner is None or self._full is False:
+            return None  # it would change which of several minimisers is found
+        if scale is None:
+            return preconditioner.solve_normal
+        unscale = 1 / scale.unsqueeze(-1)
+        return lambda v: preconditioner.solve_normal(v * unscale).mul_(unscale)
+
+    def _settings(self, op: Any, scale: Tensor | None, method: Any, report: Any) -> Settings:
         o = self._options
         m, n = op.shape
         eps = torch.finfo(op.dtype).eps
@@ -262,7 +299,9 @@ class PreparedKrylov:
             conlim=float("inf") if o.conlim is None else o.conlim,
             maxiter=maxiter,
             eps=eps,
+            definite=bool(self._full),
             report=report,
+            inverse=self._inverse(scale),
         )
 
     def _operator(self, columns: bool) -> tuple[Any, Tensor | None]:
@@ -300,22 +339,18 @@ def _pad(c: Tensor, rows: int) -> Tensor:
     return torch.cat((c, c.new_zeros((*c.shape[:-2], missing, c.shape[-1]))), -2)
 
 
-def _match(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Give two blocks the same batch dimension."""
-    lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    return tuple(t.expand(*lead, *t.shape[-2:]) for t in (a, b))  # type: ignore[return-value]
-
-
-def _unit(c: Tensor | None, g: Tensor | None) -> Tensor:
-    """A power of 2 for each column, about its largest entry, so that no norm overflows."""
-    tops = [t.abs().amax(-2, keepdim=True) for t in (c, g) if t is not None and t.shape[-2]]
-    if not tops:
-        like = c if c is not None else g
-        return torch.ones((1, like.shape[-1]), dtype=like.dtype, device=like.device).abs()
-    top = tops[0] if len(tops) == 1 else torch.maximum(*tops)
+def _unit(*blocks: Tensor) -> Tensor:
+    """Give each column a power of 2 about its largest entry, so that no norm overflows."""
+    like = blocks[0]
+    top = torch.zeros(
+        (*like.shape[:-2], 1, like.shape[-1]), dtype=like.real.dtype, device=like.device
+    )
+    for block in blocks:
+        if block.shape[-2]:
+            top = torch.maximum(top, block.abs().amax(-2, keepdim=True))
     exponent = torch.frexp(top)[1].clamp(-1000, 1000)
     unit = torch.ldexp(torch.ones_like(top), exponent)
-    return torch.where((top > 0) & top.isfinite(), unit, torch.ones_like(top))
+    return torch.where((top > 0) & top.isfinite() & (unit > 0), unit, torch.ones_like(top))
 
 
 def _worse(first: Answer, second: Answer) -> Answer:

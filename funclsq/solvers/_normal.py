@@ -16,7 +16,7 @@ from torch import Tensor
 
 from funclsq.backends import NotPositive, backend, dense
 from funclsq.operators import DenseOp, Operator, SparseOp, StackedOp
-from funclsq.solvers._gram import gram_of
+from funclsq.solvers._gram import Gram, estimate, gram_of, square
 
 __all__ = ["Normal", "flipped", "widened"]
 
@@ -37,16 +37,26 @@ class Normal:
     scale : Tensor, (n,) or (b, n)
         The diagonal of S.
     zero : bool Tensor, as ``scale``
-        Columns of B that are zero.
+        Columns of B that are zero, or below ``negligible`` times the largest one.
+    broken : bool Tensor, () or (b,)
+        Whether B holds a NaN or an infinity (it is taken as zero then).
     shift : float
         What was added to the diagonal.
     """
 
-    def __init__(self, B: Operator, backend: str | None = None) -> None:
+    def __init__(
+        self, B: Operator, backend: str | None = None, negligible: float = 0.0
+    ) -> None:
         norms = B.column_norms()
-        self.zero = norms == 0
+        self.broken = ~torch.isfinite(norms).all(-1)
+        if bool(self.broken.any()):
+            B = _blanked(B, self.broken)
+            norms = torch.where(self.broken.unsqueeze(-1), 0, norms)
+        top = norms.amax(-1, keepdim=True) if norms.numel() else norms
+        self.zero = norms <= negligible * top
         exponent = torch.frexp(torch.where(self.zero, 1, norms))[1]
-        self.scale = torch.ldexp(torch.ones_like(norms), (-exponent).clamp(-1000, 1000))
+        scale = torch.ldexp(torch.ones_like(norms), (-exponent).clamp(-1000, 1000))
+        self.scale = torch.where(self.zero & (norms > 0), 0, scale)
         self.B = B.scaled(col=self.scale)
         self.n = B.shape[1]
         self.batch = B.batch
@@ -62,32 +72,30 @@ class Normal:
         op, damp = self.B, None
         if isinstance(op, StackedOp):
             op, damp = op.op, op.damp
-        self._gram = None
+        self._gram: Gram | None = None
         if isinstance(op, SparseOp):
-            gram = gram_of(op.pattern)
-            fill = gram.nnz / max(1, self.n) ** 2
+            v = op.csr_values.numpy()
             small = self.batch is not None and self.n <= SMALL_ORDER
-            if not small and (fill < DENSE_FILL or self.n > DENSE_ORDER):
-                self._gram = gram
-            values = gram.values(op.csr_values.numpy())
-            extra = self.zero.numpy().astype(values.dtype)
-            if damp is not None:
-                extra = extra + damp.numpy() ** 2
-            values[..., gram.diagonal] += extra
-            if self._gram is not None:
-                self._values = values
+            full = self.n <= DENSE_ORDER and estimate(op.pattern)[1] > DENSE_FILL
+            if not (small or full):
+                self._gram = gram_of(op.pattern)
+                self._values = self._gram.values(v)
+                self._values[..., self._gram.diagonal] += self._extra(damp).numpy()
                 return
-            N = np.zeros((*values.shape[:-1], self.n * self.n), dtype=values.dtype)
-            N[..., gram.rows.astype(np.int64) * self.n + gram.indices] = values
-            self._values = torch.from_numpy(N).view(*values.shape[:-1], self.n, self.n)
-            return
-        A = op.dense()
-        N = A.mH @ A
-        extra = self.zero.to(N.dtype)
-        if damp is not None:
-            extra = extra + damp.to(N.dtype) ** 2
-        N.diagonal(dim1=-2, dim2=-1).add_(extra)
+            if self.batch is None:
+                N = torch.from_numpy(square(op.pattern, v).toarray())
+            else:
+                N = torch.from_numpy(gram_of(op.pattern).dense(v))
+        else:
+            A = op.dense()
+            N = A.mH @ A
+        N.diagonal(dim1=-2, dim2=-1).add_(self._extra(damp))
         self._values = N
+
+    def _extra(self, damp: Tensor | None) -> Tensor:
+        """What comes on the diagonal: damping, and 1 for zero columns."""
+        ones = self.zero.to(self.B.dtype)
+        return ones if damp is None else ones + damp**2
 
     def factor(self, shift: float = 0.0) -> None:
         """Factor N + shift I; raises NotPositive if it is not positive definite."""
@@ -165,6 +173,17 @@ def _repeated(gram, batch: int | None):
             "here can index; use solver='lsmr'."
         )
     return indptr.astype(np.int32), indices.astype(np.int32)
+
+
+def _blanked(op: Operator, broken: Tensor) -> Operator:
+    """The operator with zero in place of the members that are not finite."""
+    if isinstance(op, StackedOp):
+        return StackedOp(
+            _blanked(op.op, broken), torch.where(broken.unsqueeze(-1), 0, op.damp)
+        )
+    if isinstance(op, SparseOp):
+        return SparseOp(op.pattern, torch.where(broken.unsqueeze(-1), 0, op.csr_values))
+    return DenseOp(torch.where(broken[..., None, None], 0, op.dense()))
 
 
 def flipped(op: Operator) -> Operator:

@@ -56,10 +56,10 @@ def largest(normal, steps: int = 5) -> Tensor:
 
 def smallest(normal, steps: int = 2) -> Tensor:
     """Estimate the smallest singular value of B from above by inverse iteration, () or (b,)."""
-    V = _random(normal, 2)
+    v = _unit(_random(normal, 1))
     for _ in range(steps):
-        V = _unit(normal.solve(V))
-    return torch.linalg.vector_norm(normal.B.mv(V), dim=-2).amin(-1)
+        v = _unit(normal.solve(v))
+    return torch.linalg.vector_norm(normal.B.mv(v), dim=-2).squeeze(-1)
 
 
 def small_directions(normal, limit: Tensor, floor: Tensor, most: int) -> Small:
@@ -70,7 +70,7 @@ def small_directions(normal, limit: Tensor, floor: Tensor, most: int) -> Small:
     iterated until those below the limit stand to a tenth (or to ``floor``).
     """
     B = normal.B
-    signs = _random(normal, min(_FIRST, most), seed=2).sign()
+    signs = _random(normal, min(_FIRST, most), seed=2).sgn()
     V = normal.solve(signs)
     # Hutchinson: the trace of s (B^H B + s)^-1 counts the singular values below s^(1/2)
     count = normal.shift * (signs.conj() * V).sum((-2, -1)).real.max() / max(1, V.shape[-1])

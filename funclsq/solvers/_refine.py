@@ -6,8 +6,8 @@ stable method, eps cond (|x| + cond |r|), whatever the rough inverse P; P only s
 the rate is poor, each correction is found by a few conjugate-gradient steps preconditioned with P,
 and the outer refinement keeps the accuracy that they alone would lose.
 
-A right-hand side g asks for B x, not x, to be accurate (x has the error eps cond^2 there):
-progress is then measured in |B dx| = <dx, q>^(1/2).
+A right-hand side g asks for B x to be accurate (x itself has the error eps cond^2 there), so
+progress is measured in |B dx| = <dx, q>^(1/2) as well.
 
 References
 ----------
@@ -25,16 +25,20 @@ from torch import Tensor
 from funclsq.operators import Operator
 from funclsq.solution import Status
 
-__all__ = ["refine"]
+__all__ = ["refine", "refine_image"]
 
 _FAST = 0.3  # a contraction below this is left to plain refinement
-_PLAIN = 12  # corrections at most
+_SLOW = 0.7  # after fast ones, a contraction above this is rounding
+_STEPS = 14  # corrections at most
 _INNER = 60  # conjugate-gradient steps within one correction
 _DROP = 1e-3  # by which one correction's inner iteration reduces the error
+_SURE = 1e-3  # a last correction below this, relative to x, is accepted
+
+Rough = Callable[[Tensor], Tensor]
 
 
 def refine(
-    B: Operator, rough: Callable[[Tensor], Tensor], c: Tensor | None, g: Tensor | None, eps: float
+    B: Operator, rough: Rough, c: Tensor | None, g: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return x = (B^H B)^-1 (B^H c + g), status and corrections made per column.
 
@@ -49,71 +53,101 @@ def refine(
     eps : float
         Unit roundoff to reach.
     """
-    q = _normal_residual(B, None, c, g)
-    x = rough(q)
-    energy = g is not None
-    size = _size(x, q, energy)
-    if energy:
-        whole = torch.linalg.vector_norm(B.mv(x), dim=-2)
-    else:
-        whole = size
-    last, rate = size, torch.full_like(size, torch.inf)
-    done = ~torch.isfinite(size) | (size == 0)
-    best = torch.full_like(size, torch.inf)  # relative size of the smallest correction
+
+    def residual(x: Tensor | None) -> Tensor:
+        if x is None:
+            q = None if c is None else B.rmv(c)
+        else:
+            Bx = B.mv(x)
+            q = B.rmv(torch.neg(Bx) if c is None else c - Bx)
+        if g is None:
+            return q
+        return g.clone() if q is None else q + g
+
+    def step(x: Tensor, dx: Tensor) -> Tensor:
+        return x + dx
+
+    return _iterate(B, rough, residual, step, lambda dx: dx, eps, g is not None)
+
+
+def refine_image(
+    B: Operator, rough: Rough, fine: Rough | None, g: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y = B (B^H B)^-1 g, the least vector with B^H y = g, status and corrections.
+
+    It is y that is accumulated, so that B^H y = g holds to eps |B| |y|, and not to the
+    rounding of B z, which is cond times larger. For the same reason a step in the directions in
+    which B is small, part of ``rough``, is followed by one without them, ``fine``: it corrects
+    what the rounding of the former left in y.
+    """
+
+    def residual(y: Tensor | None) -> Tensor:
+        return g.clone() if y is None else g - B.rmv(y)
+
+    def step(y: Tensor, dz: Tensor) -> Tensor:
+        y = y + B.mv(dz)
+        return y if fine is None else y + B.mv(fine(residual(y)))
+
+    return _iterate(B, rough, residual, step, lambda dz: step(torch.zeros((), dtype=dz.dtype), dz), eps, True, True)
+
+
+def _iterate(B, rough, residual, step, start, eps, energy, image=False):
+    """Refine until the corrections stop falling, per column."""
+    q = residual(None)
+    dx = rough(q)
+    x = start(dx)
+    plain, power = _norm(q if image else dx), _power(dx, q)
+    first = power if image else plain
+    aim = plain
+    done = ~torch.isfinite(first) | (first == 0)
     fast = torch.zeros_like(done)  # a good contraction was seen
     inner = torch.zeros_like(done)
-    steps = torch.zeros_like(size, dtype=torch.int64)
-    for step in range(_PLAIN):
+    best = torch.full_like(first, torch.inf)  # relative size of the smallest correction
+    steps = torch.zeros_like(first, dtype=torch.int64)
+    for number in range(1, _STEPS + 1):
         if bool(done.all()):
             break
-        q = _normal_residual(B, x, c, g)
-        use_inner = bool((inner & ~done).any())
-        dx = _conjugate_gradients(B, rough, q) if use_inner else rough(q)
-        now = _size(dx, q, energy)
-        rate = now / last
-        if not energy:
-            whole = torch.linalg.vector_norm(x, dim=-2)
-        relative = torch.where(whole > 0, now / whole, now)
-        good = rate < _FAST
-        fast |= good
-        # A correction that has stopped falling after fast ones is rounding: leave it.
-        floor = ~(rate < 0.7) & fast
-        take = ~done & ~floor & torch.isfinite(now)
-        x = torch.where(take.unsqueeze(-2), x + dx, x)
-        steps = torch.where(take, step + 1, steps)
-        best = torch.where(done, best, torch.minimum(best, relative))
-        done |= floor | ~torch.isfinite(now)
-        done |= good & (relative * rate <= 0.25 * eps)
-        inner |= ~good & ~done
-        last = torch.where(take, now, last)
+        q = residual(x)
+        dx = _conjugate_gradients(B, rough, q) if bool((inner & ~done).any()) else rough(q)
+        new_plain, new_power = _norm(q if image else dx), _power(dx, q)
+        seen = []
+        if energy:
+            whole = _norm(x) if image else _norm(B.mv(x))
+            seen.append((new_power / power, new_power / whole))
+        seen.append((new_plain / plain, new_plain / (aim if image else _norm(x))))
+        rate, relative = seen[0]
+        fast |= rate < _FAST
+        # after fast ones, a correction that has stopped falling is rounding: leave it
+        still = torch.stack([r < _SLOW for r, _ in seen]).any(0) | ~fast
+        take = ~done & still & torch.isfinite(new_plain)
+        x = torch.where(take.unsqueeze(-2), step(x, dx), x)
+        steps = torch.where(take, number, steps)
+        best = torch.where(done, best, torch.fmin(best, relative))
+        # what the next correction would bring, by the rates seen
+        enough = torch.stack(
+            [((r < _FAST) & (size * r <= 0.25 * eps)) | ~(r < _SLOW) for r, size in seen]
+        ).all(0)
+        done |= ~take | (enough & (fast | (relative == 0)))
+        inner |= (rate > _FAST) & ~done
+        plain = torch.where(take, new_plain, plain)
+        power = torch.where(take, new_power, power)
     status = torch.full_like(steps, int(Status.INACCURATE))
-    status[fast & (best < 1e-3)] = int(Status.DIRECT)
-    status[size == 0] = int(Status.DIRECT)
-    finite = torch.isfinite(x).all(-2)
-    status[~finite] = int(Status.NONFINITE)
+    status[((fast & (best < _SURE)) | (best == 0)) | (first == 0)] = int(Status.DIRECT)
+    status[~torch.isfinite(x).all(-2)] = int(Status.NONFINITE)
     return x, status, steps
 
 
-def _normal_residual(B, x, c, g):
-    """B^H (c - B x) + g."""
-    if x is None:
-        q = None if c is None else B.rmv(c)
-    else:
-        Bx = B.mv(x)
-        q = B.rmv(torch.neg(Bx) if c is None else c - Bx)
-    if g is None:
-        return q
-    return g if q is None else q + g
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-2)
 
 
-def _size(dx: Tensor, q: Tensor, energy: bool) -> Tensor:
-    if energy:
-        return (dx.conj() * q).sum(-2).real.clamp(min=0).sqrt()
-    return torch.linalg.vector_norm(dx, dim=-2)
+def _power(dx: Tensor, q: Tensor) -> Tensor:
+    """|B dx| where dx = (B^H B)^-1 q."""
+    return (dx.conj() * q).sum(-2).real.clamp(min=0).sqrt()
 
 
-def _conjugate_gradients(B, rough, q: Tensor) -> Tensor:
-    """Reduce the energy error of G dx = q by _DROP, preconditioned, all columns at once."""
+def _conjugate_gradients(B: Operator, rough: Rough, q: Tensor) -> Tensor:
+    """Reduce the energy error of B^H B dx = q by _DROP, preconditioned, all columns at once."""
     x = torch.zeros_like(q)
     z = rough(q)
     p = z

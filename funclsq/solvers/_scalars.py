@@ -8,20 +8,27 @@ costs a synchronisation:
 - many columns on the CPU: small NumPy arrays (:class:`ArrayScalars`),
 - any other device: tensors that stay there (:class:`TensorScalars`).
 
-Scalars are double precision whatever the dtype of the vectors. A column that is no longer
-``active`` gets coefficients of zero, so that adding to it changes no bit of it.
+Scalars are double precision whatever the dtype of the vectors, and divisors are never negative. A
+column that is no longer ``active`` gets coefficients of zero: adding that changes no bit of it.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["ArrayScalars", "FloatScalars", "Scalars", "TensorScalars", "keep_columns", "scalars_for"]
+__all__ = [
+    "ArrayScalars",
+    "FloatScalars",
+    "Scalars",
+    "TensorScalars",
+    "keep_columns",
+    "scalars_for",
+]
 
 TINY = 1e-290  # a divisor below this would overflow; problems are scaled to norms of about 1
 
@@ -43,11 +50,19 @@ class FloatScalars:
 
     def div(self, a: float, b: float) -> float:
         """Return a / b, and 0 where b vanishes (a breakdown, where the quotient is not used)."""
-        return a / b if b > TINY or b < -TINY else 0.0
+        return a / b if b > TINY else 0.0
+
+    def inverse(self, b: float) -> float:
+        """Return 1 / b, and 0 where b vanishes."""
+        return 1.0 / b if b > TINY else 0.0
 
     def norm(self, v: Tensor) -> float:
         """Return ||v||."""
         return torch.linalg.vector_norm(v).item()
+
+    def inner_norm(self, v: Tensor, w: Tensor) -> float:
+        """Return (v^H w)^(1/2) for w = N v, N positive definite."""
+        return math.sqrt(max(torch.vdot(v[:, 0], w[:, 0]).real.item(), 0.0))
 
     def scale(self, y: Tensor, a: float) -> None:
         """Y <- a y."""
@@ -81,6 +96,7 @@ class ArrayScalars:
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.active = np.ones(shape, dtype=bool)
+        self._all_active = True
 
     def full(self, value: float) -> np.ndarray:
         """Return the constant scalar ``value``."""
@@ -88,14 +104,27 @@ class ArrayScalars:
 
     def div(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Return a / b, and 0 where b vanishes (a breakdown, where the quotient is not used)."""
-        return np.divide(a, b, out=np.zeros_like(b), where=np.abs(b) > TINY)
+        safe = b > TINY
+        return a / b if safe.all() else np.divide(a, b, out=np.zeros_like(b), where=safe)
+
+    def inverse(self, b: np.ndarray) -> np.ndarray:
+        """Return 1 / b, and 0 where b vanishes."""
+        safe = b > TINY
+        return 1.0 / b if safe.all() else np.divide(1.0, b, out=np.zeros_like(b), where=safe)
 
     def norm(self, v: Tensor) -> np.ndarray:
         """Return ||v|| of each column."""
-        return torch.linalg.vector_norm(v, dim=-2).numpy().astype(np.float64)
+        norm = torch.linalg.vector_norm(v, dim=-2).numpy()
+        return norm if norm.dtype == np.float64 else norm.astype(np.float64)
+
+    def inner_norm(self, v: Tensor, w: Tensor) -> np.ndarray:
+        """Return (v^H w)^(1/2) for w = N v, N positive definite."""
+        inner = (v.conj() * w).sum(-2).real.to(torch.float64)
+        return inner.clamp_min_(0).sqrt_().numpy()
 
     def _coefficient(self, a: np.ndarray, y: Tensor) -> Tensor:
-        return torch.from_numpy(a).to(y.dtype).unsqueeze(-2)
+        coefficient = torch.from_numpy(a[..., None, :])
+        return coefficient if y.dtype == torch.float64 else coefficient.to(y.dtype)
 
     def scale(self, y: Tensor, a: np.ndarray) -> None:
         """Y <- y diag(a)."""
@@ -111,7 +140,7 @@ class ArrayScalars:
 
     def live(self, a: np.ndarray) -> np.ndarray:
         """Return the coefficients, zero for frozen columns."""
-        return np.where(self.active, a, 0.0)
+        return a if self._all_active else np.where(self.active, a, 0.0)
 
     def to_host(self, a: np.ndarray) -> np.ndarray:
         """Return a scalar as a NumPy array with one entry per column."""
@@ -124,6 +153,7 @@ class ArrayScalars:
     def freeze(self, running: np.ndarray) -> None:
         """Let only these columns be active."""
         self.active = running
+        self._all_active = bool(running.all())
 
 
 class TensorScalars:
@@ -140,17 +170,23 @@ class TensorScalars:
 
     def full(self, value: float) -> Tensor:
         """Return the constant scalar ``value``."""
-        return torch.full(
-            self.active.shape, value, dtype=torch.float64, device=self.active.device
-        )
+        return torch.full(self.active.shape, value, dtype=torch.float64, device=self.active.device)
 
     def div(self, a: Tensor, b: Tensor) -> Tensor:
         """Return a / b, and 0 where b vanishes (a breakdown, where the quotient is not used)."""
-        return torch.where(b.abs() > TINY, a / b, 0.0)
+        return torch.where(b > TINY, a / b, 0.0)
+
+    def inverse(self, b: Tensor) -> Tensor:
+        """Return 1 / b, and 0 where b vanishes."""
+        return torch.where(b > TINY, 1.0 / b, 0.0)
 
     def norm(self, v: Tensor) -> Tensor:
         """Return ||v|| of each column."""
         return torch.linalg.vector_norm(v, dim=-2).to(torch.float64)
+
+    def inner_norm(self, v: Tensor, w: Tensor) -> Tensor:
+        """Return (v^H w)^(1/2) for w = N v, N positive definite."""
+        return (v.conj() * w).sum(-2).real.to(torch.float64).clamp_min_(0).sqrt_()
 
     def _coefficient(self, a: Tensor, y: Tensor) -> Tensor:
         return a.to(y.dtype).unsqueeze(-2)
@@ -184,7 +220,7 @@ class TensorScalars:
         self.active = torch.from_numpy(running).to(self.active.device)
 
 
-Scalars = FloatScalars | ArrayScalars | TensorScalars
+Scalars: TypeAlias = Any  # one of the three; their scalars have no common type
 
 
 def scalars_for(block: Tensor) -> Scalars:

@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 
 from funclsq.solution import Status
+from funclsq.solvers._golub_kahan import Inverse
 from funclsq.solvers._iterate import Report, Run, Targets, iterate
 
 __all__ = ["Answer", "Settings", "solve_verified"]
 
 _PASSES = 4  # runs at most: the first and three corrections
+_LOOSER = 32.0  # times the tolerance, for a run whose x grew into a null space
 _SLACK = 4.0  # times what rounding explains that a true residual may be
+_AT_EPS = 1e3  # a tolerance below this many eps is called the rounding level
 _CONVERGED = np.array([Status(code).converged for code in Status])
 
 
@@ -40,8 +43,12 @@ class Settings:
         Steps in all runs together.
     eps : float
         Unit roundoff of the dtype.
+    definite : bool
+        Whether A is known to have no null space.
     report : callable or None
         Called with a dict of the state at every check.
+    inverse : callable or None
+        Applies a preconditioner N^-1; norms in the domain are then those of N.
     """
 
     atol: float
@@ -49,7 +56,9 @@ class Settings:
     conlim: float
     maxiter: int
     eps: float
+    definite: bool
     report: Callable[[dict[str, Any]], None] | None = None
+    inverse: Inverse | None = None
 
 
 @dataclasses.dataclass
@@ -98,50 +107,77 @@ def solve_verified(
     """
     bnorm = norms(c)
     zero = np.zeros_like(bnorm)
-    targets = Targets(settings.atol, settings.btol, settings.conlim,
-        settings.atol <= _at_eps(settings.eps), bnorm, zero, zero, g is None)  # fmt: skip
-    total = zero.astype(np.int64)
-    report = _reporter(settings, total)
-    run = iterate(method, op, c, targets, settings.maxiter, report, **_extra(g))
+    targets = Targets(
+        atol=settings.atol,
+        btol=settings.btol,
+        conlim=settings.conlim,
+        at_eps=settings.atol <= _AT_EPS * settings.eps,
+        bnorm=bnorm,
+        xnorm=zero,
+        rnorm=zero,
+        xlimit=settings.eps**-0.5 if settings.inverse is None else 0.0,
+        consistent=g is None,
+        bounded=g is None and not settings.definite,
+    )
+    run = iterate(
+        method, op, c, targets, settings.maxiter, _reporter(settings, 0), **_extra(settings, g)
+    )
     answer, s = _answer(op, c, g, run)
-    snorm = norms(s)
-    pending = _judge(answer, snorm, targets, settings)
+    pending = _judge(answer, _domain_norm(s, settings), targets, settings)
     for _ in range(_PASSES - 1):
-        budget = settings.maxiter - int(answer.iterations.max(initial=0))
-        if not pending.any() or budget <= 0:
+        used = int(answer.iterations.max(initial=0))
+        if not pending.any() or used >= settings.maxiter:
             break
-        mask = torch.from_numpy(pending).to(device=c.device).unsqueeze(-2)
+        # A column whose x grew into the null space starts again, with a looser tolerance.
+        grown = pending & _grown(answer, targets) & targets.bounded
+        if grown.any():
+            settings = dataclasses.replace(settings, atol=_LOOSER * settings.atol)
         targets = dataclasses.replace(
-            targets, xnorm=norms(answer.x), rnorm=norms(answer.r), consistent=g is None
+            targets,
+            atol=settings.atol,
+            xnorm=np.where(grown, 0.0, norms(answer.x)),
+            rnorm=np.where(grown, 0.0, norms(answer.r)),
         )
-        rhs = torch.where(mask, answer.r, 0) if g is None else torch.zeros_like(c)
-        more = iterate(
-            method, op, rhs, targets, budget, _reporter(settings, answer.iterations),
-            **_extra(None if g is None else torch.where(mask, s, 0)),
-        )  # fmt: skip
-        more.x = torch.where(mask, more.x, 0).add_(answer.x)
-        trial, s_trial = _answer(op, c, g, more)
-        trial_norm = norms(s_trial)
-        better = pending & (trial_norm < snorm)
-        take = torch.from_numpy(better).to(c.device).unsqueeze(-2)
-        ratio = np.divide(trial_norm, snorm, out=np.ones_like(snorm), where=snorm > 0)
-        answer = _merge(answer, trial, take, better, pending)
-        s = torch.where(take, s_trial, s)
-        snorm = np.where(better, trial_norm, snorm)
-        still = _judge(answer, snorm, targets, settings) & pending
-        stalled = still & (ratio > 0.5)
+        redo, on = _mask(grown, c), _mask(pending, c)
+        if g is None:
+            rhs, extra = torch.where(on, torch.where(redo, c, answer.r), 0), _extra(settings, None)
+        else:
+            rhs, extra = torch.zeros_like(c), _extra(settings, torch.where(on, s, 0))
+        report = _reporter(settings, used)
+        run = iterate(method, op, rhs, targets, settings.maxiter - used, report, **extra)
+        run.x = torch.where(on, run.x, 0).add_(torch.where(redo, 0, answer.x))
+        trial, s_trial = _answer(op, c, g, run)
+        before, after = _domain_norm(s, settings), _domain_norm(s_trial, settings)
+        better = pending & ((after < before) | grown)
+        answer = _merge(answer, trial, better, pending)
+        s = torch.where(_mask(better, c), s_trial, s)
+        pending &= _judge(answer, _domain_norm(s, settings), targets, settings)
+        stalled = pending & ~(after <= 0.5 * before) & ~grown
         answer.status[stalled] = int(Status.STAGNATED)
-        pending = still & ~stalled
-    answer.status[pending & _CONVERGED[answer.status]] = int(Status.STAGNATED)
+        pending &= ~stalled
+    answer.status[pending] = int(Status.STAGNATED)
     return answer
 
 
-def _at_eps(eps: float) -> float:
-    return 1e3 * eps
+def _mask(columns: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(columns).to(like.device).unsqueeze(-2)
 
 
-def _extra(g: Tensor | None) -> dict[str, Tensor]:
-    return {} if g is None else {"g": g}
+def _grown(answer: Answer, targets: Targets) -> np.ndarray:
+    """Whether ||A|| ||x|| is so large that the rounding of A x hides the residual."""
+    return ~(answer.anorm * norms(answer.x) <= targets.xlimit * targets.bnorm)
+
+
+def _extra(settings: Settings, g: Tensor | None) -> dict[str, Any]:
+    extra = {"inverse": settings.inverse, "g": g}
+    return {name: value for name, value in extra.items() if value is not None}
+
+
+def _domain_norm(s: Tensor, settings: Settings) -> np.ndarray:
+    """||s||, in the norm of N^-1 with a preconditioner."""
+    if settings.inverse is None:
+        return norms(s)
+    return (s.conj() * settings.inverse(s)).sum(-2).real.clamp_min(0).sqrt().double().cpu().numpy()
 
 
 def _answer(op: Any, c: Tensor, g: Tensor | None, run: Run) -> tuple[Answer, Tensor]:
@@ -152,29 +188,27 @@ def _answer(op: Any, c: Tensor, g: Tensor | None, run: Run) -> tuple[Answer, Ten
     return Answer(run.x, r, run.status, run.iterations, run.anorm, run.acond), s
 
 
-def _judge(
-    answer: Answer, snorm: np.ndarray, targets: Targets, settings: Settings
-) -> np.ndarray:
+def _judge(answer: Answer, snorm: np.ndarray, targets: Targets, settings: Settings) -> np.ndarray:
     """Say which columns have ended, by their own estimates, and are not there by true residuals."""
     rnorm, xnorm = norms(answer.r), norms(answer.x)
     anorm, eps = answer.anorm, settings.eps
-    # Beyond sqrt(eps) ||b|| the rounding of A x hides whether x is the minimiser at all.
-    noise = eps * anorm * xnorm
-    if targets.consistent:
-        noise = np.where(noise <= np.sqrt(eps) * targets.bnorm, noise, 0.0)
-    scale = settings.atol * rnorm + eps * (rnorm + targets.bnorm) + noise
+    image = anorm * xnorm
+    if settings.inverse is not None:
+        image = targets.bnorm + rnorm
+    elif targets.consistent:  # an x beyond the limit explains nothing
+        image = np.where(_grown(answer, targets), 0.0, image)
+    scale = settings.atol * rnorm + eps * (rnorm + targets.bnorm + image)
     met = snorm <= _SLACK * anorm * scale
     if targets.consistent:
-        met |= rnorm <= _SLACK * (settings.btol * targets.bnorm + settings.atol * anorm * xnorm)
+        met |= rnorm <= _SLACK * (settings.btol * targets.bnorm + settings.atol * image)
     stalled = answer.status == int(Status.STAGNATED)
     answer.status[stalled & met] = int(Status.NORMAL_RESIDUAL_AT_EPS)
     answer.status[~(np.isfinite(snorm) & np.isfinite(xnorm))] = int(Status.NONFINITE)
     return (_CONVERGED[answer.status] | stalled) & ~met
 
 
-def _merge(
-    old: Answer, new: Answer, take: Tensor, better: np.ndarray, pending: np.ndarray
-) -> Answer:
+def _merge(old: Answer, new: Answer, better: np.ndarray, pending: np.ndarray) -> Answer:
+    take = _mask(better, old.x)
     return Answer(
         torch.where(take, new.x, old.x),
         torch.where(take, new.r, old.r),
@@ -185,10 +219,10 @@ def _merge(
     )
 
 
-def _reporter(settings: Settings, done: np.ndarray) -> Report | None:
-    if settings.report is None:
+def _reporter(settings: Settings, base: int) -> Report | None:
+    call = settings.report
+    if call is None:
         return None
-    call, base = settings.report, int(done.max(initial=0))
 
     def report(count: int, active: np.ndarray, rnorm: np.ndarray, arnorm: np.ndarray) -> None:
         call(

@@ -44,8 +44,11 @@ def prepare(
     damp : Tensor or None, (n,) or (b, n), real, >= 0
         Diagonal damping.
     options : Options
-        ``backend`` names a sparse backend; ``rcond`` is the rank tolerance, relative to the
-        largest singular value of the column-scaled matrix; default max(m, n) eps.
+        ``backend`` names a sparse backend. ``rcond`` is the rank tolerance, default max(m, n) eps:
+        the rank counts the singular values of the column-scaled matrix (row-scaled if it is wide
+        and undamped) above ``rcond`` times the largest, after columns whose norm is below
+        ``rcond`` times the largest norm have been taken as zero. With ``scale=True`` they are
+        not, and the verdict does not depend on the scaling of the columns at all.
     full_rank : bool
         Whether the user asserts full column rank (it is checked all the same).
 
@@ -93,7 +96,7 @@ class CholeskyPrepared:
             B = StackedOp(B, d.expand(batch, n) if batch is not None else d)
         self._stacked = damp is not None
         self._op = B
-        self._core = Core(B, rcond, options.backend, full_rank)
+        self._core = Core(B, rcond, options.backend, equivariant=options.scale is True)
         self.rank: Tensor = self._core.rank.to(torch.int64)
         self.cond: Tensor = self._core.cond.to(torch.float64)
         self.deficient = torch.ones_like(self._core.deficient) if self._wide else (
@@ -119,12 +122,12 @@ class CholeskyPrepared:
             return Raw(x.to(self.dtype), status, steps)
         u, first = c, None
         if g is not None:
-            v, first, steps = core.solve(g, None)
+            v, first, _ = core.solve(g, None)
             u = v if u is None else u + v
-        z, status, steps = core.solve(None, u)
+        x, status, steps = core.image(u)
         if first is not None:
             status = torch.maximum(status, first)
-        return Raw(self._op.mv(z).to(self.dtype), status, steps)
+        return Raw(x.to(self.dtype), status, steps)
 
     def _lift(self, v: Tensor | None) -> Tensor | None:
         if v is None:

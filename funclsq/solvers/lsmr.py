@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from funclsq.solution import Method
-from funclsq.solvers._golub_kahan import GolubKahan
+from funclsq.solvers._golub_kahan import GolubKahan, Inverse
 from funclsq.solvers._krylov import PreparedKrylov
 from funclsq.solvers._protocol import Options
 from funclsq.solvers._scalars import Scalars, keep_columns
@@ -38,19 +38,25 @@ class Lsmr:
     scalars : Scalars
         Where the Greek letters live.
 
+    inverse : callable, optional
+        Applies a preconditioner N^-1, N ~ A^H A; norms in the domain are then those of N.
+
     Notes
     -----
     Cost of a step: one product each way, seven passes over vectors (two of length m).
     """
 
-    def __init__(self, op: Any, rhs: Tensor, scalars: Scalars) -> None:
+    def __init__(
+        self, op: Any, rhs: Tensor, scalars: Scalars, inverse: Inverse | None = None
+    ) -> None:
         self.scalars = scalars
-        self.process = gk = GolubKahan(op, rhs, scalars)
+        self.process = gk = GolubKahan(op, rhs, scalars, inverse)
         one, zero = scalars.full(1.0), scalars.full(0.0)
         # h_1 = v_1,  hbar_0 = 0,  x_0 = 0
         self.h = gk.v.clone()
         self.hbar, self.x = torch.zeros_like(gk.v), torch.zeros_like(gk.v)
-        # alphabar_1 = alpha_1,  zetabar_1 = alpha_1 beta_1,  rho_0 = rhobar_0 = cbar_0 = 1, sbar_0 = 0
+        # alphabar_1 = alpha_1,  zetabar_1 = alpha_1 beta_1,
+        # rho_0 = rhobar_0 = cbar_0 = 1,  sbar_0 = 0
         self.alphabar, self.zetabar = gk.alpha, gk.alpha * gk.beta
         self.rho, self.rhobar, self.cbar, self.sbar = one, one, one, zero
         # for ||r_k||: betaddot_1 = beta_1, betadot_0 = 0, rhodot_0 = 1, thetatilde_0 = zeta_0 = 0
@@ -59,7 +65,7 @@ class Lsmr:
         self.rnorm, self.arnorm = gk.beta, scalars.maximum(self.zetabar, zero)
         self.anorm, self.acond = gk.alpha, one
         self.alpha_max, self.beta_max = gk.alpha, zero
-        self.rhobar_max, self.rhobar_min = zero, scalars.full(float("inf"))
+        self.hnorm, self.stretch_max, self.stretch_min = one, zero, scalars.full(float("inf"))
 
     def step(self) -> None:
         """Advance x_{k-1} to x_k."""
@@ -73,7 +79,8 @@ class Lsmr:
         c, sn = s.div(self.alphabar, rho), s.div(beta, rho)
         theta = sn * alpha
         self.alphabar = c * alpha
-        # Pbar_k: thetabar_k = sbar_{k-1} rho_k, rhobar_k = ((cbar_{k-1} rho_k)^2 + theta_{k+1}^2)^(1/2),
+        # Pbar_k: thetabar_k = sbar_{k-1} rho_k,
+        # rhobar_k = ((cbar_{k-1} rho_k)^2 + theta_{k+1}^2)^(1/2),
         # cbar_k = cbar_{k-1} rho_k / rhobar_k, sbar_k = theta_{k+1} / rhobar_k,
         # zeta_k = cbar_k zetabar_k, zetabar_{k+1} = -sbar_k zetabar_k
         thetabar, rhotemp = self.sbar * rho, self.cbar * rho
@@ -86,13 +93,17 @@ class Lsmr:
         # x_k = x_{k-1} + (zeta_k / (rho_k rhobar_k)) hbar_k
         s.axpy(self.x, s.live(s.div(zeta, rho * rhobar)), self.hbar)
         # h_{k+1} = v_{k+1} - (theta_{k+1} / rho_k) h_k
-        s.xpay(self.h, gk.v, s.live(-s.div(theta, rho)))
+        ratio = s.div(theta, rho)
+        s.xpay(self.h, gk.v, s.live(-ratio))
         self.rho, self.rhobar, self.zeta = rho, rhobar, zeta
         self._estimate(c, sn, thetabar, zeta_old)
-        # cond(A) from the diagonal of Rbar_k;  ||B_k|| <= max alpha + max beta
-        self.rhobar_max = s.maximum(self.rhobar_max, rhobar)
-        self.rhobar_min = s.minimum(self.rhobar_min, rhobar)
-        self.acond = s.div(self.rhobar_max, self.rhobar_min)
+        # A h_k has norm rho_k, and ||h_{k+1}||^2 = 1 + (theta_{k+1} / rho_k)^2 ||h_k||^2, so that
+        # rho_k / ||h_k|| lies between the singular values of A;  ||B_k|| <= max alpha + max beta
+        stretch = s.div(rho, self.hnorm)
+        self.hnorm = s.hypot(s.full(1.0), ratio * self.hnorm)
+        self.stretch_max = s.maximum(self.stretch_max, stretch)
+        self.stretch_min = s.minimum(self.stretch_min, stretch)
+        self.acond = s.div(self.stretch_max, self.stretch_min)
         self.alpha_max = s.maximum(self.alpha_max, alpha)
         self.beta_max = s.maximum(self.beta_max, beta)
         self.anorm = self.alpha_max + self.beta_max
@@ -112,7 +123,8 @@ class Lsmr:
         self.tautilde = s.div(zeta_old - thetatilde_old * self.tautilde, rhotilde)
         # taudot_k = (zeta_k - thetatilde_k tautilde_{k-1}) / rhodot_k
         taudot = s.div(self.zeta - self.thetatilde * self.tautilde, self.rhodot)
-        # ||r_k|| = ((betadot_k - taudot_k)^2 + betaddot_{k+1}^2)^(1/2),  ||A^H r_k|| = |zetabar_{k+1}|
+        # ||r_k|| = ((betadot_k - taudot_k)^2 + betaddot_{k+1}^2)^(1/2),
+        # ||A^H r_k|| = |zetabar_{k+1}|
         self.rnorm = s.hypot(self.betadot - taudot, self.betaddot)
         self.arnorm = abs(self.zetabar)
 
@@ -122,11 +134,28 @@ class Lsmr:
         keep_columns(self, ("h", "hbar", "x"), _SCALARS, columns)
 
 
-_SCALARS = tuple(
-    (
-        "alphabar zetabar rho rhobar cbar sbar betaddot betadot rhodot tautilde thetatilde zeta "
-        "rnorm arnorm anorm acond alpha_max beta_max rhobar_max rhobar_min"
-    ).split()
+_SCALARS = (
+    "alphabar",
+    "zetabar",
+    "rho",
+    "rhobar",
+    "cbar",
+    "sbar",
+    "betaddot",
+    "betadot",
+    "rhodot",
+    "tautilde",
+    "thetatilde",
+    "zeta",
+    "rnorm",
+    "arnorm",
+    "anorm",
+    "acond",
+    "alpha_max",
+    "beta_max",
+    "hnorm",
+    "stretch_max",
+    "stretch_min",
 )
 
 
@@ -140,7 +169,8 @@ def prepare(op: Any, damp: Tensor | None, options: Options, full_rank: bool) -> 
     damp : Tensor, shape (n,) or (B, n), or None
         Diagonal of D, real and not negative.
     options : Options
-        ``atol``, ``btol``, ``conlim``, ``maxiter``, ``scale``, ``callback``, ``progress``.
+        ``atol``, ``btol``, ``conlim``, ``maxiter``, ``scale``, ``preconditioner``, ``callback``,
+        ``progress``.
     full_rank : bool
         Whether A is known to be of full column rank.
 

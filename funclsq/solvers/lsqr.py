@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from funclsq.solution import Method
-from funclsq.solvers._golub_kahan import GolubKahan
+from funclsq.solvers._golub_kahan import GolubKahan, Inverse
 from funclsq.solvers._krylov import PreparedKrylov
 from funclsq.solvers._protocol import Options
 from funclsq.solvers._scalars import Scalars, keep_columns
@@ -37,14 +37,19 @@ class Lsqr:
     scalars : Scalars
         Where the Greek letters live.
 
+    inverse : callable, optional
+        Applies a preconditioner N^-1, N ~ A^H A; norms in the domain are then those of N.
+
     Notes
     -----
     Cost of a step: one product each way, seven passes over vectors (two of length m).
     """
 
-    def __init__(self, op: Any, rhs: Tensor, scalars: Scalars) -> None:
+    def __init__(
+        self, op: Any, rhs: Tensor, scalars: Scalars, inverse: Inverse | None = None
+    ) -> None:
         self.scalars = scalars
-        self.process = gk = GolubKahan(op, rhs, scalars)
+        self.process = gk = GolubKahan(op, rhs, scalars, inverse)
         one, zero = scalars.full(1.0), scalars.full(0.0)
         # w_1 = v_1,  x_0 = 0,  phibar_1 = beta_1,  rhobar_1 = alpha_1
         self.w, self.x = gk.v.clone(), torch.zeros_like(gk.v)
@@ -52,14 +57,15 @@ class Lsqr:
         self.rnorm, self.arnorm = gk.beta, gk.alpha * gk.beta
         self.anorm, self.acond = gk.alpha, one
         self.alpha_max, self.beta_max = gk.alpha, zero
-        self.rho_max, self.rho_min = zero, scalars.full(float("inf"))
+        self.wnorm, self.stretch_max, self.stretch_min = one, zero, scalars.full(float("inf"))
 
     def step(self) -> None:
         """Advance x_{k-1} to x_k."""
         s, gk = self.scalars, self.process
         gk.step()
         alpha, beta = gk.alpha, gk.beta  # alpha_{k+1}, beta_{k+1}
-        # rho_k = (rhobar_k^2 + beta_{k+1}^2)^(1/2), c_k = rhobar_k / rho_k, s_k = beta_{k+1} / rho_k
+        # rho_k = (rhobar_k^2 + beta_{k+1}^2)^(1/2),
+        # c_k = rhobar_k / rho_k, s_k = beta_{k+1} / rho_k
         rho = s.hypot(self.rhobar, beta)
         c, sn = s.div(self.rhobar, rho), s.div(beta, rho)
         # theta_{k+1} = s_k alpha_{k+1},  rhobar_{k+1} = -c_k alpha_{k+1}
@@ -69,12 +75,17 @@ class Lsqr:
         # x_k = x_{k-1} + (phi_k / rho_k) w_k
         s.axpy(self.x, s.live(s.div(phi, rho)), self.w)
         # w_{k+1} = v_{k+1} - (theta_{k+1} / rho_k) w_k
-        s.xpay(self.w, gk.v, s.live(-s.div(theta, rho)))
+        ratio = s.div(theta, rho)
+        s.xpay(self.w, gk.v, s.live(-ratio))
         # ||r_k|| = phibar_{k+1},  ||A^H r_k|| = phibar_{k+1} alpha_{k+1} |c_k|
         self.rnorm, self.arnorm = self.phibar, self.phibar * alpha * abs(c)
-        # cond(A) from the diagonal of R_k;  ||B_k|| <= max alpha + max beta
-        self.rho_max, self.rho_min = s.maximum(self.rho_max, rho), s.minimum(self.rho_min, rho)
-        self.acond = s.div(self.rho_max, self.rho_min)
+        # A w_k has norm rho_k, and ||w_{k+1}||^2 = 1 + (theta_{k+1} / rho_k)^2 ||w_k||^2, so that
+        # rho_k / ||w_k|| lies between the singular values of A;  ||B_k|| <= max alpha + max beta
+        stretch = s.div(rho, self.wnorm)
+        self.wnorm = s.hypot(s.full(1.0), ratio * self.wnorm)
+        self.stretch_max = s.maximum(self.stretch_max, stretch)
+        self.stretch_min = s.minimum(self.stretch_min, stretch)
+        self.acond = s.div(self.stretch_max, self.stretch_min)
         self.alpha_max = s.maximum(self.alpha_max, alpha)
         self.beta_max = s.maximum(self.beta_max, beta)
         self.anorm = self.alpha_max + self.beta_max
@@ -85,7 +96,19 @@ class Lsqr:
         keep_columns(self, ("w", "x"), _SCALARS, columns)
 
 
-_SCALARS = tuple("phibar rhobar rnorm arnorm anorm acond alpha_max beta_max rho_max rho_min".split())
+_SCALARS = (
+    "phibar",
+    "rhobar",
+    "rnorm",
+    "arnorm",
+    "anorm",
+    "acond",
+    "alpha_max",
+    "beta_max",
+    "wnorm",
+    "stretch_max",
+    "stretch_min",
+)
 
 
 def prepare(op: Any, damp: Tensor | None, options: Options, full_rank: bool) -> PreparedKrylov:

@@ -1,0 +1,149 @@
+"""How torch code runs inside a JAX program: one host call per solve, on JAX's own buffers.
+
+On the CPU the call goes through ``jax.experimental.buffer_callback``. The host function gets
+the memory of JAX's arrays as torch tensors (DLPack, no copy) and writes its results into the
+memory that XLA has set aside for them. Where that mechanism is missing, or the platform is not
+a CPU, ``jax.pure_callback`` is used, which copies; that is announced once by a warning.
+
+Rules that every host function keeps:
+
+- it never calls JAX (the runtime may be waiting for it: a deadlock);
+- it never writes to an input, and keeps no view of a buffer after it returns;
+- it may be called from any thread, and from several at once.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from funclsq.errors import FunclsqWarning
+
+try:
+    from jax.experimental.buffer_callback import buffer_callback
+except ImportError:  # pragma: no cover - an older or a future JAX
+    buffer_callback = None
+
+__all__ = ["host_call", "mechanism"]
+
+Host = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
+
+SMALL = 1 << 20  # operands below this many bytes in all run on one torch thread
+
+_running = 0
+_idle = threading.Condition()
+_announced = False
+
+
+def mechanism(platform: str = "cpu") -> str:
+    """Name of the mechanism that host calls use on ``platform``."""
+    return "buffer_callback" if buffer_callback and platform == "cpu" else "pure_callback"
+
+
+def host_call(
+    host: Host, results: Sequence[jax.ShapeDtypeStruct], operands: Sequence[Any], how: str
+) -> tuple[Any, ...]:
+    """Call ``host(outputs, inputs)`` on torch views of JAX's buffers.
+
+    Parameters
+    ----------
+    host : callable
+        Writes every output in place; returns nothing.
+    results : sequence of ShapeDtypeStruct
+        Shapes and dtypes of the outputs.
+    operands : sequence of array
+        The inputs.
+    how : {"buffer_callback", "pure_callback"}
+        The mechanism, see :func:`mechanism`.
+
+    Returns
+    -------
+    tuple of array
+        The outputs.
+    """
+    results = tuple(results)
+    if how == "buffer_callback":
+        call = buffer_callback(functools.partial(_on_buffers, host), results)
+        return tuple(call(*operands))
+    _announce()
+    return tuple(
+        jax.pure_callback(functools.partial(_on_copies, host, results), results, *operands)
+    )
+
+
+def _on_buffers(host: Host, _: Any, outputs: Sequence[Any], *inputs: Any) -> None:
+    views = [from_dlpack(b.__dlpack__()) for b in inputs]
+    targets = [from_dlpack(b.__dlpack__()) for b in outputs]
+    _run(host, targets, views)
+
+
+def _on_copies(host: Host, results: Any, *inputs: Any) -> tuple[np.ndarray, ...]:
+    arrays = tuple(np.empty(r.shape, r.dtype) for r in results)
+    views = [torch.from_numpy(np.require(a, requirements="CAW")) for a in inputs]
+    _run(host, [torch.from_numpy(a) for a in arrays], views)
+    return arrays
+
+
+def _run(host: Host, targets: list[Tensor], views: list[Tensor]) -> None:
+    """Run the host function, counted, and on one torch thread if the problem is small.
+
+    Waking more threads costs more than they save there; the setting is this thread's own.
+    """
+    global _running
+    with _idle:
+        _running += 1
+    threads = torch.get_num_threads()
+    alone = threads > 1 and sum(t.nbytes for t in views) + sum(t.nbytes for t in targets) < SMALL
+    try:
+        if alone:
+            torch.set_num_threads(1)
+        host(targets, views)
+    finally:
+        if alone:
+            torch.set_num_threads(threads)
+        with _idle:
+            _running -= 1
+            _idle.notify_all()
+
+
+def _announce() -> None:
+    global _announced
+    if not _announced:
+        _announced = True
+        warnings.warn(
+            "funclsq.jax: jax.experimental.buffer_callback cannot be used here (it is missing "
+            "from this JAX, or the platform is not a CPU); falling back to jax.pure_callback, "
+            "which copies every operand. Results are the same.",
+            FunclsqWarning,
+            stacklevel=2,
+        )
+
+
+@atexit.register
+def _settle(limit: float = 600.0) -> None:
+    """Wait for work that nobody awaited.
+
+    A host call that is running when the interpreter shuts down aborts the process. Every
+    computation whose result is still referenced is awaited; of those whose results were dropped,
+    the host calls that have begun are.
+    """
+    for array in jax.live_arrays():
+        with contextlib.suppress(Exception):
+            if not array.is_deleted():
+                array.block_until_ready()
+    stop = time.monotonic() + limit
+    with _idle:
+        while _running and time.monotonic() < stop:
+            _idle.wait(1.0)

@@ -1,0 +1,357 @@
+"""The one primitive of least squares for JAX, closed under every transform.
+
+    S(A, w, d2; c, g) = (x, A x, info, deficient),   x = G^+ (A^H W c + g),
+    G = A^H W A + D2,   W = diag(w),   D2 = diag(d2).
+
+It is linear in (c, g). Its tangent (derivation in ``funclsq.derivatives``), with r = c - A x,
+n_g = (I - P) g, u = G^+ x, v = dA^H W A u and P = G^+ G, is
+
+    dx = S(dc - dA x,  dg + dA^H W r + A^H dW r - dD2 x + T(dA n_g)).x + (I - P) v
+       = S(dc - dA x - A v,  dg + dA^H W r + A^H dW r - dD2 x + T(dA n_g) - D2 v).x + v,
+
+the second line because P v = G^+ (A^H W A v + D2 v) is itself a value of S. So there is one
+solve that depends on tangents, and its transpose, S(-, k) again, is the one adjoint solve of
+reverse mode. T(dA n_g) and u vanish where G is invertible; they are *gated*: S given a ``gate``
+operand (the ``deficient`` of the problem, 0 or 1) returns zeros without a solve where it is 0, so
+the rules are the same whether or not A is deficient, under ``jit`` and ``vmap`` too.
+
+Transpose, for cotangents (k, k_ax), without conjugation as JAX wants it: let
+(z, az) = S(-; conj(k) + A^H conj(k_ax)); then g_bar = conj(z) and c_bar = conj(W az).
+
+``vmap`` over c and g alone appends columns (one problem, one solve); over anything else it gives
+the operands a leading batch dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from funclsq.jax.bridge import host_call
+from funclsq.jax.host import HostSolve
+from funclsq.jax.rules import abstract, eager, no_tangent, vary
+from funclsq.raw import INFO
+from funclsq.solvers._protocol import Options
+
+__all__ = ["Operands", "Problem", "S"]
+
+solve_p = Primitive("funclsq_lstsq")
+solve_p.multiple_results = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is static about a solve."""
+
+    structure: Any
+    options: Options
+    full_rank: bool = False  # A is known to have full column rank
+    damped: bool = False  # damp > 0 is known
+    on_failure: str = "ignore"
+    check_finite: bool = True
+    compute_dtype: str | None = None
+    how: str = "buffer_callback"
+    primary: bool = False  # the solve that was asked for, not one that a derivative needs
+
+    @property
+    def nonsingular(self) -> bool:
+        """Whether G is known to be invertible before anything is computed."""
+        return self.full_rank or self.damped
+
+
+class Operands(NamedTuple):
+    """What a solve depends on; absent ones are None."""
+
+    params: tuple[Any, ...]
+    aux: tuple[Any, ...]
+    w: Any = None
+    d2: Any = None
+    c: Any = None
+    g: Any = None
+    gate: Any = None
+
+    def flatten(self) -> tuple[list[Any], tuple[bool, ...]]:
+        """Present operands in order, and which of the optional five are present."""
+        optional = self[2:]
+        has = tuple(t is not None for t in optional)
+        return [*self.params, *self.aux, *(t for t in optional if t is not None)], has
+
+    @classmethod
+    def unflatten(cls, structure: Any, has: tuple[bool, ...], flat: Any) -> Operands:
+        """Inverse of :meth:`flatten`."""
+        a = len(structure.param_ndims)
+        b = a + len(structure.aux_ndims)
+        rest = iter(flat[b:])
+        optional = (next(rest) if present else None for present in has)
+        return cls(tuple(flat[:a]), tuple(flat[a:b]), *optional)
+
+
+def S(problem: Problem, operands: Operands) -> tuple[Any, Any, Any, Any]:
+    """Apply the primitive: (x, A x, info, deficient)."""
+    flat, has = operands.flatten()
+    return tuple(solve_p.bind(*vary(flat), problem=problem, has=has))
+
+
+def _core_ndims(structure: Any, has: tuple[bool, ...]) -> list[int]:
+    optional = (d for d, present in zip((1, 1, 2, 2, 0), has) if present)
+    return [*structure.param_ndims, *structure.aux_ndims, *optional]
+
+
+def _results(flat, problem, has):
+    """Shapes and dtypes of the results."""
+    ops = Operands.unflatten(problem.structure, has, flat)
+    m, n = problem.structure.shape
+    some = ops.c if ops.c is not None else ops.g
+    cores = _core_ndims(problem.structure, has)
+    lead = next(((t.shape[0],) for t, d in zip(flat, cores) if t.ndim > d), ())
+    k = some.shape[-1]
+    real = jnp.finfo(some.dtype).dtype
+    return (
+        ((*lead, n, k), some.dtype),
+        ((*lead, m, k), some.dtype),
+        ((*lead, k, INFO), real),
+        (lead, real),
+    )
+
+
+@solve_p.def_abstract_eval
+def _abstract(*flat, problem, has):
+    return [abstract(s, d, *flat) for s, d in _results(flat, problem, has)]
+
+
+solve_p.def_impl(eager(solve_p))
+
+
+def _lower(how, *flat, problem, has):
+    ops = Operands.unflatten(problem.structure, has, flat)
+    if problem.structure.solves_in_jax:
+        return problem.structure.solve(problem, ops)
+    results = [jax.ShapeDtypeStruct(s, d) for s, d in _results(flat, problem, has)]
+    host = HostSolve(problem, functools.partial(Operands.unflatten, problem.structure, has))
+    return host_call(host, results, flat, how or problem.how)
+
+
+mlir.register_lowering(
+    solve_p, mlir.lower_fun(functools.partial(_lower, None), multiple_results=True), platform="cpu"
+)
+mlir.register_lowering(
+    solve_p, mlir.lower_fun(functools.partial(_lower, "pure_callback"), multiple_results=True)
+)
+
+
+# ---------------------------------------------------------------------------------------------
+# Forward mode.
+
+
+def _rows(w: Any, t: Any) -> Any:
+    return t if w is None else w[..., None] * t
+
+
+def _given(dot: Any) -> bool:
+    return dot is not None and not isinstance(dot, ad.Zero)
+
+
+def _sum(terms: list[Any]) -> Any:
+    return functools.reduce(lambda a, b: a + b, terms) if terms else None
+
+
+def _jvp(primals, tangents, *, problem, has):
+    A = problem.structure
+    ops = Operands.unflatten(A, has, primals)
+    dots = Operands.unflatten(A, has, tangents)
+    out = x, ax, _, deficient = S(problem, ops)
+    still = [no_tangent(t) for t in out]
+    derived = dataclasses.replace(problem, primary=False)
+    params, aux, w, d2, c, g, gate = ops
+    r = -ax if c is None else c - ax
+    top, bottom, outside, adx = [], [], [], None
+    if any(map(_given, dots.params)):
+        params_dot = tuple(map(ad.instantiate_zeros, dots.params))
+        adx = A.mv_dot(params, params_dot, aux, x)
+        top.append(-adx)
+        bottom.append(A.rmv_dot(params, params_dot, aux, _rows(w, r)))
+        if not problem.nonsingular:
+            solve = functools.partial(_gated, derived, ops, deficient)
+            if g is not None:
+                n_g = g + A.rmv(params, aux, _rows(w, r)) - (0 if d2 is None else _rows(d2, x))
+                n_g = jnp.where(deficient[..., None, None] > 0, n_g, 0)
+                bottom.append(solve(c=A.mv_dot(params, params_dot, aux, n_g))[0])
+            au = solve(g=x)[1]
+            v = A.rmv_dot(params, params_dot, aux, _rows(w, au))
+            top.append(-A.mv(params, aux, v))
+            if d2 is not None:
+                bottom.append(-_rows(d2, v))
+            outside.append(v)
+    if _given(dots.c):
+        top.append(dots.c)
+    if _given(dots.g):
+        bottom.append(dots.g)
+    if _given(dots.w):
+        bottom.append(A.rmv(params, aux, _rows(dots.w, r)))
+    if _given(dots.d2):
+        bottom.append(-_rows(dots.d2, x))
+    if not top and not bottom:
+        return out, still
+    moved = S(derived, Operands(params, aux, w, d2, _sum(top), _sum(bottom), gate))
+    x_dot, ax_dot = _sum([moved[0], *outside]), moved[1]
+    if adx is not None:
+        ax_dot = _sum([ax_dot, adx, *(A.mv(params, aux, v) for v in outside)])
+    return out, [x_dot, ax_dot, *still[2:]]
+
+
+def _gated(problem, ops, gate, c=None, g=None):
+    return S(problem, Operands(ops.params, ops.aux, ops.w, ops.d2, c, g, gate))
+
+
+ad.primitive_jvps[solve_p] = _jvp
+
+
+# ---------------------------------------------------------------------------------------------
+# Reverse mode.
+
+
+def _transpose(cts, *flat, problem, has):
+    A = problem.structure
+    ops = Operands.unflatten(A, has, flat)
+    linear = [ad.is_undefined_primal(t) for t in flat]
+    k, k_ax = cts[0], cts[1]
+    bars: dict[str, Any] = {}
+    if _given(k) or _given(k_ax):
+        params, aux, w, d2, c, g, gate = ops
+        terms = [jnp.conj(k)] if _given(k) else []
+        if _given(k_ax):
+            terms.append(A.rmv(params, aux, jnp.conj(k_ax)))
+        z, az, _, _ = S(problem, Operands(params, aux, w, d2, None, _sum(terms), gate))
+        if ad.is_undefined_primal(c):
+            bars["c"] = _reduce(jnp.conj(_rows(w, az)), c.aval)
+        if ad.is_undefined_primal(g):
+            bars["g"] = _reduce(jnp.conj(z), g.aval)
+    flat_bars = _named(A, has, bars)
+    return [
+        (ad.Zero(t.aval) if bar is None else bar) if is_linear else None
+        for t, is_linear, bar in zip(flat, linear, flat_bars)
+    ]
+
+
+def _named(structure, has, bars):
+    count = len(structure.param_ndims) + len(structure.aux_ndims)
+    names = [name for name, present in zip(Operands._fields[2:], has) if present]
+    return [None] * count + [bars.get(name) for name in names]
+
+
+def _reduce(bar: Any, aval: Any) -> Any:
+    """Sum over the batch where the operand was shared by it."""
+    return bar.sum(0) if bar.ndim > len(aval.shape) else bar
+
+
+ad.primitive_transposes[solve_p] = _transpose
+
+
+# ---------------------------------------------------------------------------------------------
+# vmap.
+
+
+def _batch(args, dims, *, problem, has):
+    A = problem.structure
+    size = next(t.shape[d] for t, d in zip(args, dims) if d is not None)
+    held = Operands.unflatten(A, has, dims)
+    if any(d is not None for d in held.aux):  # other indices for each member: one by one
+        return _one_by_one(args, dims, problem, has)
+    if all(d is None for d in (*held.params, held.w, held.d2)):
+        return _more_columns(size, Operands.unflatten(A, has, args), held, problem)
+    return _more_members(size, args, dims, problem, has)
+
+
+def _one_by_one(args, dims, problem, has):
+    moved = [t if d is None else jnp.moveaxis(t, d, 0) for t, d in zip(args, dims)]
+    mapped = [t for t, d in zip(moved, dims) if d is not None]
+
+    def single(chosen):
+        rest = iter(chosen)
+        flat = [t if d is None else next(rest) for t, d in zip(moved, dims)]
+        return tuple(solve_p.bind(*flat, problem=problem, has=has))
+
+    return jax.lax.map(single, mapped), (0, 0, 0, 0)
+
+
+def _more_columns(size, ops, dims, problem):
+    """One problem: fold the mapped dimension of c and g into their columns.
+
+    A mapped gate selects among results of that one problem, so it is applied to them.
+    """
+    fold = dims.c is not None or dims.g is not None
+    c, g = ops.c, ops.g
+    if fold:
+        c, g = _fold(size, c, dims.c), _fold(size, g, dims.g)
+    gate, gates = ops.gate, None
+    if dims.gate is not None:
+        gates = jnp.moveaxis(gate, dims.gate, 0)
+        gate = gates.max(0)
+    x, ax, info, deficient = S(problem, ops._replace(c=c, g=g, gate=gate))
+    out = [x, ax, info]
+    if fold:
+        out = [
+            jnp.moveaxis(_unfold(size, t, a), a, 0)
+            for t, a in ((x, x.ndim - 1), (ax, ax.ndim - 1), (info, info.ndim - 2))
+        ]
+    if gates is None:
+        return (*out, deficient), (0, 0, 0, None)
+    out = [jnp.where(_trailing(gates, t.ndim + (not fold)) > 0, t, 0) for t in out]
+    return (*out, jnp.where(gates > 0, deficient, 0)), (0, 0, 0, 0)
+
+
+def _trailing(gates: Any, ndim: int) -> Any:
+    return gates.reshape(*gates.shape, *(1,) * (ndim - gates.ndim))
+
+
+def _unfold(size, t, axis):
+    return t.reshape(*t.shape[:axis], size, t.shape[axis] // size, *t.shape[axis + 1 :])
+
+
+def _fold(size, t, dim):
+    if t is None:
+        return None
+    if dim is None:
+        t = jnp.broadcast_to(t[..., None, :], (*t.shape[:-1], size, t.shape[-1]))
+    else:
+        t = jnp.moveaxis(t, dim, -2)
+    return t.reshape(*t.shape[:-2], t.shape[-2] * t.shape[-1])
+
+
+def _more_members(size, args, dims, problem, has):
+    """More problems: operands that differ get (or extend) a leading batch dimension."""
+    cores = _core_ndims(problem.structure, has)
+    ndims = [t.ndim - (d is not None) for t, d in zip(args, dims)]
+    inner = next(
+        (
+            jnp.moveaxis(t, d, 0).shape[1] if d is not None else t.shape[0]
+            for t, d, n, core in zip(args, dims, ndims, cores)
+            if n > core
+        ),
+        None,
+    )
+    flat = []
+    for t, d, n, core in zip(args, dims, ndims, cores):
+        if d is not None:
+            t = jnp.moveaxis(t, d, 0)
+        if inner is not None and (d is not None or n > core):
+            if d is None:
+                t = t[None]
+            if n == core:
+                t = t[:, None]
+            tail = t.shape[2:]
+            t = jnp.broadcast_to(t, (size, inner, *tail)).reshape(size * inner, *tail)
+        flat.append(t)
+    out = solve_p.bind(*flat, problem=problem, has=has)
+    if inner is not None:
+        out = [t.reshape(size, inner, *t.shape[1:]) for t in out]
+    return out, (0, 0, 0, 0)
+
+
+batching.primitive_batchers[solve_p] = _batch

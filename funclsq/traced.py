@@ -1,0 +1,71 @@
+"""Plans and structures as torch.compile can trace them: plain attributes and an int handle.
+
+Dynamo follows neither a cache with a lock nor hashing by content, and need not: what is static
+about a solve is settled once while it traces, and the compiled graph holds the plan's number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from funclsq.operators import DenseStructure, SparseStructure
+from funclsq.pattern import SparsityPattern, pattern_of_handle
+from funclsq.raw import Plan
+from funclsq.solvers._protocol import Options
+
+__all__ = ["traced_plan", "traced_structure"]
+
+_kept: dict[int, Plan] = {}  # plans that compiled graphs refer to, which live as long
+
+
+class TracedStructure:
+    """Stands for a SparseStructure or DenseStructure while tracing."""
+
+    def __init__(self, kind, shape, pattern, param_ndims) -> None:
+        self.kind, self.shape, self.pattern, self.param_ndims = kind, shape, pattern, param_ndims
+
+
+class TracedPlan:
+    """Stands for a Plan while tracing."""
+
+    def __init__(self, handle, structure, nonsingular) -> None:
+        self.handle, self.structure, self.nonsingular = handle, structure, nonsingular
+
+
+def traced_structure(shape: Any, pattern: SparsityPattern | None) -> TracedStructure:
+    """Describe a structure without hashing it."""
+    if pattern is None:
+        return TracedStructure("dense", (shape[0], shape[1]), None, (2,))
+    return TracedStructure("sparse", pattern.shape, pattern, (1,))
+
+
+def traced_plan(
+    structure: Any, settings: Any, full_rank: bool, damped: bool, on_failure: str, check: bool
+) -> TracedPlan:
+    """Settle the plan of a solve that is being traced."""
+    if not isinstance(structure, TracedStructure):
+        raise TypeError(
+            "lstsq: under torch.compile A must be a dense tensor or a funclsq.Sparse made "
+            "outside; a torch sparse tensor or LinearOperator cannot be traced."
+        )
+    if not isinstance(settings.solver, str):
+        raise TypeError("lstsq: under torch.compile solver must be a name.")
+    pattern = 0 if structure.pattern is None else structure.pattern.handle
+    m, n = structure.shape
+    handle = _plan_handle(
+        pattern, m, n, settings.solver, settings.given, full_rank, damped, on_failure, check
+    )
+    return TracedPlan(handle, structure, full_rank or damped)
+
+
+@torch.compiler.assume_constant_result
+def _plan_handle(pattern, m, n, solver, given, full_rank, damped, on_failure, check) -> int:
+    structure: Any = DenseStructure(m, n)
+    if pattern:
+        structure = SparseStructure(pattern_of_handle(pattern))
+    options = Options(solver=solver, **dict(given))
+    plan = Plan.of(structure, options, full_rank, damped, on_failure, check)
+    _kept[plan.handle] = plan
+    return plan.handle

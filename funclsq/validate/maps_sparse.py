@@ -1,0 +1,150 @@
+"""The maps of the closed form for large sparse A: a sparse factorisation, refined, or LSMR.
+
+Neither shares code with funclsq's solvers: the factor is SciPy's SuperLU of the scaled normal
+matrix, used only as the inner solver of an iterative refinement of the augmented system
+
+    [ I    B  ] [s]   [f]
+    [ B^H -D^2] [y] = [h],        B = W^(1/2) A,
+
+with residuals in extended precision, which removes the error of the normal equations (Björck
+1967, doi:10.1007/BF01933489). For A without full column rank SciPy's LSMR gives the minimum-norm
+solutions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+from scipy.sparse.linalg import lsmr, splu
+
+from funclsq.validate.problem import Problem
+
+__all__ = ["FactoredMaps", "KrylovMaps", "sparse_maps"]
+
+_SWEEPS = 30
+_EPS = np.finfo(float).eps
+
+
+def sparse_maps(problem: Problem) -> FactoredMaps | KrylovMaps:
+    """Return the maps of a large problem, by factorisation where A has full column rank."""
+    return FactoredMaps(problem) if problem.full_column_rank else KrylovMaps(problem)
+
+
+class FactoredMaps:
+    """The maps by refinement of the augmented system; A of full column rank, or damped.
+
+    Raises
+    ------
+    ArithmeticError
+        If the refinement does not converge: cond(A) is above about 1e7.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.A = problem.scattered(problem.inputs["A"])
+        self._root, d2 = np.sqrt(problem.weights()), problem.damping() ** 2
+        B = (scipy.sparse.diags_array(self._root[:, 0]) @ self.A).tocsr()
+        normal = (B.conj().T @ B + scipy.sparse.diags_array(d2)).tocsc()
+        self._scale = 1 / np.sqrt(np.maximum(normal.diagonal().real, np.finfo(float).tiny))
+        scale = scipy.sparse.diags_array(self._scale)
+        self._lu = splu(
+            (scale @ normal @ scale).tocsc(),
+            permc_spec="MMD_AT_PLUS_A",
+            diag_pivot_thresh=0.0,
+            options={"SymmetricMode": True},
+        )
+        long = np.clongdouble if np.iscomplexobj(B) else np.longdouble
+        self._B, self._Bh = B.astype(long), B.conj().T.tocsr().astype(long)
+        self._d2 = d2[:, None].astype(np.longdouble)
+
+    def T(self, c: np.ndarray) -> np.ndarray:
+        """Return G^+ A^H W c."""
+        return self._augmented(self._root * c, None)[1]
+
+    def Th(self, g: np.ndarray) -> np.ndarray:
+        """Return W A G^+ g."""
+        return -self._root * self._augmented(None, -g)[0]
+
+    def E(self, g: np.ndarray) -> np.ndarray:
+        """Return G^+ g."""
+        return self._augmented(None, -g)[1]
+
+    def N(self, g: np.ndarray) -> np.ndarray:
+        """Return zero: A has full column rank."""
+        return 0 * g
+
+    def _augmented(self, f: Any, h: Any) -> tuple[np.ndarray, np.ndarray]:
+        m, n = self._B.shape
+        k = (h if f is None else f).shape[1]
+        f = np.zeros((m, k), self._B.dtype) if f is None else f.astype(self._B.dtype)
+        h = np.zeros((n, k), self._B.dtype) if h is None else h.astype(self._B.dtype)
+        s, y = np.zeros_like(f), np.zeros_like(h)
+        size = last = np.inf
+        for _ in range(_SWEEPS):
+            top = f - s - self._B @ y
+            bottom = h - self._Bh @ s + self._d2 * y
+            y_step = self._normal_solve(self._Bh @ top - bottom)
+            s_step = top - self._B @ y_step
+            s, y = s + s_step, y + y_step
+            last, size = size, max(_size(s_step) / _size(s, f), _size(y_step) / _size(y))
+            if size < _EPS or (size > last / 2 and last < 1e-3):
+                break
+        if size < 1e3 * _EPS:
+            return self._rounded(s), self._rounded(y)
+        raise ArithmeticError(
+            f"validate: refinement of the sparse oracle stopped at relative steps of {size:.1e}; "
+            "cond(A) is too large for it. Damp the problem, or pass oracles= without it."
+        )
+
+    def _normal_solve(self, rhs: np.ndarray) -> np.ndarray:
+        scale = self._scale[:, None]
+        return scale * self._lu.solve(scale * self._rounded(rhs))
+
+    def _rounded(self, a: np.ndarray) -> np.ndarray:
+        return a.astype(np.complex128 if np.iscomplexobj(a) else np.float64)
+
+
+class KrylovMaps:
+    """The maps by SciPy's LSMR, run to rounding; for A of any rank, well conditioned on it."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.A = problem.scattered(problem.inputs["A"])
+        self._root = np.sqrt(problem.weights())
+        rows = [scipy.sparse.diags_array(self._root[:, 0]) @ self.A]
+        if problem.damping().any():
+            rows.append(scipy.sparse.diags_array(problem.damping()))
+        self._m = problem.shape[0]
+        self._M = scipy.sparse.vstack(rows).tocsr()
+        self._Mh = self._M.conj().T.tocsr()
+
+    def T(self, c: np.ndarray) -> np.ndarray:
+        """Return G^+ A^H W c."""
+        padded = np.zeros((self._M.shape[0], c.shape[1]), c.dtype)
+        padded[: self._m] = self._root * c
+        return _min_norm(self._M, padded)
+
+    def Th(self, g: np.ndarray) -> np.ndarray:
+        """Return W A G^+ g."""
+        return self._root * _min_norm(self._Mh, g)[: self._m]
+
+    def E(self, g: np.ndarray) -> np.ndarray:
+        """Return G^+ g."""
+        return _min_norm(self._M, _min_norm(self._Mh, g))
+
+    def N(self, g: np.ndarray) -> np.ndarray:
+        """Return g - G^+ G g."""
+        return g - self._Mh @ _min_norm(self._Mh, g)
+
+
+def _min_norm(A: Any, rhs: np.ndarray) -> np.ndarray:
+    if not rhs.shape[1]:
+        return np.zeros((A.shape[1], 0))
+    return np.stack(
+        [lsmr(A, c, atol=0, btol=0, conlim=0, maxiter=20 * min(A.shape))[0] for c in rhs.T], axis=1
+    )
+
+
+def _size(*arrays: np.ndarray) -> float:
+    """Return the largest of the norms, or 1 where all are zero."""
+    return max(float(np.linalg.norm(a.astype(np.complex128))) for a in arrays) or 1.0

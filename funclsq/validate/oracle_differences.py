@@ -1,0 +1,262 @@
+"""Oracle: central differences of x alone, with their own error estimate; no derivative formula.
+
+x comes from LAPACK: a QR factorisation for full column rank, otherwise an SVD truncated at the
+known rank, which makes x smooth in every entry of A. Along a line in the inputs it is
+differentiated by :func:`scipy.differentiate.derivative` (8th order, steps reduced until its
+error estimate is met), which gives the jvp as it stands. A gradient is checked by its products
+with directions, ``Re <x_bar, x_dot>``: every unit vector for a small problem, a few random
+directions otherwise. A Hessian-vector product is checked by its products with directions too,
+as a derivative of a derivative.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+from scipy.differentiate import derivative
+
+from funclsq.validate.maps_sparse import sparse_maps
+from funclsq.validate.problem import Arrays, Problem, stacked_svd
+from funclsq.validate.tangents import Directions
+
+__all__ = ["Estimate", "differences"]
+
+_UNITS = 100  # inputs of at most this size are differenced in every entry
+_ROUNDING = 4 * np.finfo(float).eps  # of x, relative
+_SECOND = 200_000  # m n^2 up to which second differences are affordable
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What an oracle says of a quantity.
+
+    Parameters
+    ----------
+    value : array
+        The quantity, or its products with ``along``.
+    error : float
+        The oracle's estimate of ``||value - true value||``.
+    along : array, shape (p, ...), optional
+        Directions d such that ``value[j] = Re <d[j], quantity>``.
+    """
+
+    value: np.ndarray
+    error: float = 0.0
+    along: np.ndarray | None = None
+
+    def of(self, quantity: np.ndarray) -> np.ndarray:
+        """Return what this estimates, taken from a full answer."""
+        if self.along is None:
+            return quantity
+        return np.array([np.vdot(d, quantity).real for d in self.along])
+
+
+def differences(
+    problem: Problem, d: Directions, probes: list[Directions] | None = None
+) -> dict[str, Estimate]:
+    """Return x, and its derivatives as central differences with error estimates.
+
+    Parameters
+    ----------
+    problem : Problem
+        With known rank.
+    d : Directions
+        Along what.
+    probes : list of Directions, optional
+        Further directions for the products with gradients.
+
+    Returns
+    -------
+    dict of str to Estimate
+        ``x``, ``jvp k``, ``vjp k``; and ``hvp k`` for small problems.
+    """
+    line = _Lines(problem, d.cotangent)
+    m, n = problem.shape
+    out = {"x": Estimate(line.x({}, 0.0))}
+    for key, a in problem.inputs.items():
+        x_dot, error = line.derivative({key: d.tangents[key]})
+        out[f"jvp {key}"] = Estimate(x_dot, error)
+        if a.size <= _UNITS and not line.stuck(key):
+            out[f"vjp {key}"] = _in_every_entry(line, key, a)
+        else:
+            tried = [each.tangents[key] for each in (d, *(probes or ()))]
+            slopes, error = line.slopes([{key: t} for t in tried])
+            out[f"vjp {key}"] = Estimate(slopes, error, np.stack(tried))
+    if m * n * n <= _SECOND and probes:
+        tried = [{key: probes[0].tangents[key]} for key in problem.inputs]
+        slopes, error = line.mixed(d.tangents, tried)
+        for (key, probe), slope in zip(probes[0].tangents.items(), slopes, strict=True):
+            out[f"hvp {key}"] = Estimate(slope[None], error, probe[None])
+    return out
+
+
+def _in_every_entry(line: _Lines, key: str, a: np.ndarray) -> Estimate:
+    """Return the gradient, from one derivative per real degree of freedom."""
+    units = (1.0, 1j) if np.iscomplexobj(a) else (1.0,)
+    steps = []
+    for unit in units:
+        for e in range(a.size):
+            step = np.zeros(a.size, a.dtype)
+            step[e] = unit * line.size[key]
+            steps.append({key: step.reshape(a.shape)})
+    slopes, error = line.slopes(steps)
+    parts = slopes.reshape(len(units), a.size) / line.size[key]
+    value = sum((unit * part for unit, part in zip(units, parts, strict=True)), 0 * parts[0])
+    return Estimate(value.reshape(a.shape), error / line.size[key])
+
+
+class _Lines:
+    """x along lines in the inputs of a problem, and derivatives along them."""
+
+    def __init__(self, problem: Problem, cotangent: np.ndarray) -> None:
+        self.problem, self.cotangent = problem, cotangent
+        self._here = [(s, _solver(p)) for s, p in problem.column_problems()]
+        self.size = {k: float(np.sqrt(np.mean(np.abs(a) ** 2))) or 1.0 if a.size else 1.0
+                     for k, a in problem.inputs.items()}
+        self._slack = _smallest(problem)
+
+    def stuck(self, key: str) -> bool:
+        """Whether some entries of this input must not leave 0."""
+        zero = (self.problem.inputs[key] == 0).any()
+        return bool(zero) and (key == "damp" or key == "weights")
+
+    def x(self, along: Arrays, t: float, start: Problem | None = None) -> np.ndarray:
+        """Return x at a distance t from the start."""
+        problem = (start or self.problem).moved(along, t)
+        moved = start is not None or any(k in along for k in ("A", "damp", "weights"))
+        solvers = (
+            [(s, _solver(p)) for s, p in problem.column_problems()] if moved else self._here
+        )
+        m, n = problem.shape
+        b, A = problem.inputs["b"].reshape(m, -1), problem.matrix
+        A = problem.scattered(problem.inputs["A"]) if A is None else A
+        x0 = problem.inputs.get("x0", np.zeros(n)).reshape(n, -1)
+        c = b - A @ x0
+        y = [solve(c[:, columns]) for columns, solve in solvers]
+        return (x0 + np.concatenate(y, axis=1)).reshape(problem.x_shape)
+
+    def derivative(self, along: Arrays) -> tuple[np.ndarray, float]:
+        """Return dx/dt at t = 0 and the norm of its estimated error."""
+        return _derivative(lambda t: self.x(along, t), self._reach(along), 1e-12)
+
+    def slopes(self, lines: list[Arrays], start: Problem | None = None) -> tuple[Any, float]:
+        """Return d/dt of Re <x_bar, x> at t = 0 along each line, and the norm of the errors."""
+
+        def products(t: float) -> np.ndarray:
+            return np.array([_product(self.cotangent, self.x(along, t, start)) for along in lines])
+
+        return _derivative(products, min(self._reach(along) for along in lines), 1e-12)
+
+    def mixed(self, first: Arrays, second: list[Arrays]) -> tuple[np.ndarray, float]:
+        """Return d/dt d/ds of Re <x_bar, x> along t first + s second, for each second line."""
+
+        def slopes(t: float) -> np.ndarray:
+            return self.slopes(second, _on_rank(self.problem.moved(first, t)))[0]
+
+        return _derivative(slopes, self._reach(first), 1e-9)
+
+    def _reach(self, along: Arrays) -> float:
+        """Return a step that stays well inside the region where x is smooth."""
+        rate, problem = 1e-3, self.problem
+        for key, a in along.items():
+            if key == "A":
+                moved = np.sqrt(problem.weights().max(initial=0)) * np.linalg.norm(a)
+                rate += moved / self._slack
+            elif key == "damp":
+                rate += float(np.abs(a).max(initial=0)) / self._slack
+            elif key == "weights":
+                w = problem.inputs[key]
+                part = np.abs(a) / np.where(w == 0, w.mean() or 1, w)
+                zero = (np.abs(a) * (w == 0)).max(initial=0)
+                rows = np.linalg.norm(problem.toarray(), axis=1).max() if zero else 0.0
+                rate += float(part.max(initial=0)) + zero * (rows / self._slack) ** 2
+        return min(0.5, 0.3 / rate)
+
+
+def _derivative(f: Callable[[float], np.ndarray], reach: float, tolerance: float) -> Any:
+    """Return f'(0) for an array-valued f and the norm of the estimated error."""
+    here = f(0.0)
+    if not here.size:
+        return here, 0.0
+    rough = np.linalg.norm(f(reach / 16) - f(-reach / 16)) / (reach / 8)
+    seen: dict[float, np.ndarray] = {}
+
+    def flat(t: float) -> np.ndarray:
+        if t not in seen:
+            seen[t] = np.ascontiguousarray(f(t)).ravel().view(float)
+        return seen[t]
+
+    def columns(t: np.ndarray) -> np.ndarray:
+        if t.ndim == 1:
+            return flat(float(t[0]))
+        return np.stack([flat(float(each)) for each in t[0]], axis=-1)
+
+    size = here.ravel().view(float).size
+    best = [np.zeros(size), np.full(size, np.inf), np.full(size, reach)]
+
+    def keep(found: Any) -> None:
+        """Keep the estimate of the smallest error: SciPy returns the last one."""
+        if not found.nit.max():
+            return
+        better = found.error < best[1]
+        for mine, new in zip(best, (found.df, found.error, reach / 2.0**found.nit), strict=True):
+            mine[better] = new[better]
+
+    derivative(
+        columns,
+        np.zeros(size),
+        tolerances={"atol": tolerance * rough / np.sqrt(size), "rtol": 0.0},
+        initial_step=reach,
+        preserve_shape=True,
+        callback=keep,
+    )
+    value, error, step = best
+    rounding = _ROUNDING * float(np.linalg.norm(here)) / step.min()
+    total = float(np.linalg.norm(error)) + rounding
+    return value.view(here.dtype).reshape(here.shape), total
+
+
+def _solver(part: Problem) -> Callable[[np.ndarray], np.ndarray]:
+    """Return c -> x - x0 for one matrix."""
+    m, n = part.shape
+    w, damp = part.weights(), part.damping()
+    if not part.small:
+        return sparse_maps(part).T
+    A = part.toarray()
+    if part.full_column_rank and (w <= 0).any():
+        K = np.block([[np.eye(m), A], [(w * A).conj().T, -np.diag(damp**2)]])
+        return lambda c: np.linalg.solve(K, np.vstack([c, np.zeros((n, c.shape[1]))]))[m:]
+    root = np.sqrt(w)
+    if not part.full_column_rank:
+        u, s, vh = stacked_svd(part)
+        u, s, v = u[:m, : part.rank], s[: part.rank, None], vh[: part.rank].conj().T
+        return lambda c: v @ (u.conj().T @ (root * c) / s)
+    M = np.vstack([root * A, np.diag(damp)]) if damp.any() else root * A
+    q, r = np.linalg.qr(M)
+    return lambda c: scipy.linalg.solve_triangular(r, q[:m].conj().T @ (root * c))
+
+
+def _on_rank(problem: Problem) -> Problem:
+    """Return the problem with A moved to the nearest matrix of its rank, in the weighted norm."""
+    if problem.full_column_rank:
+        return problem
+    _, part = problem.column_problems()[0]
+    v = stacked_svd(part)[2][: problem.rank].conj().T
+    return dataclasses.replace(problem, matrix=(problem.toarray() @ v) @ v.conj().T)
+
+
+def _smallest(problem: Problem) -> float:
+    """Return the smallest nonzero singular value of [W^(1/2) A; D] (a guess, for a large A)."""
+    if not problem.rank:
+        return 1.0
+    if not problem.small:
+        return 0.1 * float(np.linalg.norm(problem.inputs["A"])) / np.sqrt(problem.rank)
+    return min(float(stacked_svd(p)[1][problem.rank - 1]) for _, p in problem.column_problems())
+
+
+def _product(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.vdot(a, b).real)

@@ -1,0 +1,138 @@
+"""How far from an oracle a right answer may be: a multiple of what rounding of the data does.
+
+No method can give an answer more accurately than the data determine it. So the oracle is asked
+again at data that differ by random relative amounts of the size of the unit roundoff, and a
+candidate may differ from it by ``factor`` times what that changes, and by at least ``factor``
+unit roundoffs. The change is measured at larger perturbations and scaled down, which frees it
+from the oracle's own rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from funclsq.validate.oracle_differences import Estimate
+from funclsq.validate.problem import Arrays, Problem, stacked_svd
+from funclsq.validate.tangents import Directions
+
+__all__ = ["CAP", "Allowance", "Sensitivity", "condition"]
+
+CAP = 5e-3  # a tolerance above this could not see a factor of 1.01
+_OWN = 10  # times an oracle's error estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Allowance:
+    """What one comparison is held to: errors are divided by ``scale``."""
+
+    scale: float
+    tolerance: float
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sensitivity:
+    """The answers of one oracle at the data and at perturbed data.
+
+    Parameters
+    ----------
+    base : dict of str to array
+        The answers at the data.
+    moved : list of dict
+        The answers at data perturbed by ``size``, relatively.
+    size : float
+        Of the perturbations.
+    eps : float
+        Unit roundoff of the candidates' dtype.
+    floors : dict of str to float
+        Natural size of quantities that may vanish, to divide errors by where they do.
+    """
+
+    base: Arrays
+    moved: list[Arrays]
+    size: float
+    eps: float
+    floors: dict[str, float]
+
+    def allow(self, name: str, estimate: Estimate, factor: float) -> Allowance | None:
+        """Return what a candidate's quantity is held to against an oracle's estimate of it.
+
+        None if the oracle's own error is too large for the comparison to mean anything.
+        """
+        base = estimate.of(self.base[name])
+        change = max(float(np.linalg.norm(estimate.of(p[name]) - base)) for p in self.moved)
+        change *= self.eps / self.size
+        scale = max(float(np.linalg.norm(base)), self.floors.get(name, 0.0))
+        if estimate.along is not None:
+            each = estimate.along.reshape(len(estimate.along), -1)
+            typical = np.linalg.norm(self.base[name]) / np.sqrt(max(each.shape[1], 1))
+            scale = max(scale, float(np.linalg.norm(each) * typical))
+        if scale == 0:
+            return Allowance(1.0, 0.0, "exactly zero")
+        own = _OWN * estimate.error / scale
+        if not own <= CAP:
+            return None
+        relative = change / scale
+        if relative > self.eps:
+            reason = f"{factor:g} x {relative:.0e}, the oracle's change under data (1 + eps)"
+        else:
+            reason = f"{factor:g} eps"
+        tolerance = factor * max(relative, self.eps) + own
+        if own > factor * max(relative, self.eps):
+            reason = f"{_OWN} x the oracle's own error estimate"
+        if tolerance > CAP:
+            tolerance, reason = CAP, f"capped; the data fix it to {relative:.0e} only"
+        return Allowance(scale, tolerance, reason)
+
+
+def perturbation(cond: float) -> float:
+    """Return a size of perturbations that the answers follow linearly."""
+    return max(min(1e-8, 1e-3 / cond), np.finfo(float).eps)
+
+
+def condition(problem: Problem) -> float:
+    """Return the condition number of [W^(1/2) A; D] on its rank (1e3 for a large A, a guess)."""
+    if not problem.rank:
+        return 1.0
+    if not problem.small:
+        return 1e3
+    worst = 1.0
+    for _, part in problem.column_problems():
+        s = stacked_svd(part)[1]
+        worst = max(worst, float(s[0] / s[problem.rank - 1]))
+    return worst
+
+
+def floors(problem: Problem, d: Directions, base: Arrays, cond: float) -> dict[str, float]:
+    """Return the natural size of the quantities that vanish for some problems.
+
+    x does not depend on x0 where it is unique and undamped; it does not depend on the weights
+    where the residual is zero; and ``vjp b`` vanishes for a cotangent in the null space.
+    """
+    m = problem.shape[0]
+    size = {key: float(np.linalg.norm(a)) for key, a in base.items()}
+    b, x = problem.inputs["b"].reshape(m, -1), base["x"].reshape(problem.shape[1], -1)
+    g = float(np.linalg.norm(d.cotangent))
+    out = {"vjp b": g * size["x"] / (float(np.linalg.norm(b)) or 1.0)}
+    if "x0" in problem.inputs and problem.full_column_rank and not problem.damping().any():
+        out["vjp x0"], out["jvp x0"] = g * cond, float(np.linalg.norm(d.tangents["x0"])) * cond
+    if "weights" in problem.inputs:
+        w = problem.weights()
+        inverse = np.divide(1, w, out=np.zeros_like(w), where=w > 0)
+        fit = np.abs(b) + np.abs(problem.scattered(np.abs(problem.inputs["A"])) @ np.abs(x))
+        out["vjp weights"] = float(
+            np.linalg.norm(np.abs(base["vjp b"]).reshape(m, -1) * fit * inverse)
+        )
+        out["jvp weights"] = size["x"]
+    rates = [
+        size[f"hvp {k}"] / size[f"vjp {k}"] for k in problem.inputs if k != "x0" and size[f"vjp {k}"]
+    ]
+    rate = max([*rates, 0.0])
+    for key in problem.inputs:
+        if f"vjp {key}" in out:
+            out[f"hvp {key}"] = out[f"vjp {key}"] * rate
+    if "hvp x0" in out:
+        out["hvp x0"] *= cond
+    return out
