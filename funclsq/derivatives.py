@@ -416,9 +416,7 @@ def rmatmul(structure: Any, params: tuple[Tensor, ...], u: Tensor) -> Tensor:
     return matrix_free.apply_adjoint(structure, params, u)
 
 
-def outer(
-    structure: Any, params: tuple[Tensor, ...], U: Tensor, V: Tensor
-) -> tuple[Tensor, ...]:
+def outer(structure: Any, params: tuple[Tensor, ...], U: Tensor, V: Tensor) -> tuple[Tensor, ...]:
     """Cotangents of params that the matrix cotangent U V^H stands for."""
     if structure.kind == "sparse":
         return (_sampled(structure.pattern, params[0], U, V),)
@@ -434,9 +432,7 @@ def outer(
 def _matmul_dot(structure, params, params_dot, v):
     if structure.kind != "matrix_free":
         return matmul(structure, params_dot, v)
-    return matrix_free.push_params(
-        lambda p: matrix_free.apply(structure, p, v), params, params_dot
-    )
+    return matrix_free.push_params(lambda p: matrix_free.apply(structure, p, v), params, params_dot)
 
 
 def _rmatmul_dot(structure, params, params_dot, u):
@@ -658,6 +654,6 @@ def _nested_forward_mode():
     return fwAD._set_fwd_grad_enabled(True)
 
 
-def _primals(ctx) -> list[Tensor | None]:
+def _primals(ctx) -> list[Any]:
     """Saved tensors as this level's rule must see them: without this level's tangents."""
     return [None if t is None else fwAD.unpack_dual(t).primal for t in ctx.saved_tensors]

@@ -73,6 +73,7 @@ def matrix(A: Any, name: str) -> tuple[Any, tuple[Tensor, ...], tuple[int, ...],
                 f"{type(A.values).__name__}. For JAX arrays use funclsq.jax.{name}."
             )
         _require_inexact(A.values, "A", name)
+        structure: Any
         if torch.compiler.is_compiling():
             structure = traced_structure(A.pattern.shape, A.pattern)
         else:
@@ -199,7 +200,7 @@ def canonical(
     _require_inexact(b, "b", name)
     if isinstance(A, LinearOperator):
         structure: Any = A.structure(b.dtype, b.device)
-        params, lead_a, layout = A.params, (), "operator"
+        params, lead_a, layout = A.params, tuple[int, ...](), "operator"
     else:
         structure, params, lead_a, layout = matrix(A, name)
         _same(params[0], b, "A", "b", name)
@@ -227,7 +228,7 @@ def canonical(
         start = None if start is None else start.movedim(-1, -2).unsqueeze(-1)
         params = tuple(p.unsqueeze(p.ndim - d) for p, d in zip(params, structure.param_ndims))
         d2 = None if d2 is None or d2.ndim == 1 else d2.unsqueeze(-2)
-        lead_a = (*lead_a, 1) if lead_a else ()
+        lead_a = (*lead_a, 1) if lead_a else lead_a
     params = tuple(
         _flat(p.reshape(*p.shape[p.ndim - d :]) if not lead_a else p, full, d)
         for p, d in zip(params, structure.param_ndims)
@@ -254,7 +255,7 @@ def canonical(
     )
 
 
-def _flat(t: Tensor | None, lead: tuple[int, ...], core: int) -> Tensor | None:
+def _flat(t: Any, lead: tuple[int, ...], core: int) -> Any:
     """Broadcast the batch of t to ``lead`` and flatten it; an operand without batch stays so."""
     if t is None or t.ndim == core:
         return t
@@ -329,9 +330,7 @@ def _require_real_like(t: Tensor, b: Tensor, what: str, name: str) -> None:
             f"{t.dtype}. Convert it with .to({_real(b.dtype)})."
         )
     if t.device != b.device:
-        raise ValueError(
-            f"{name}: {what} must be on the device of b, {b.device}; got {t.device}."
-        )
+        raise ValueError(f"{name}: {what} must be on the device of b, {b.device}; got {t.device}.")
 
 
 def _require_not_negative(t: Tensor, what: str, name: str) -> None:
@@ -350,7 +349,7 @@ def _require_not_negative(t: Tensor, what: str, name: str) -> None:
 
 def _damp(damp, b, n, name):
     """damp^2 as (..., n) or None, its batch shape, and whether it is statically positive."""
-    if isinstance(damp, bool) or isinstance(damp, complex):
+    if isinstance(damp, (bool, complex)):
         raise TypeError(f"{name}: damp must be a real number or tensor; got {damp!r}.")
     if isinstance(damp, np.ndarray):
         damp = torch.from_numpy(damp)
@@ -362,9 +361,7 @@ def _damp(damp, b, n, name):
         square = torch.full((n,), float(damp) ** 2, dtype=_real(b.dtype), device=b.device)
         return square, (), True
     if not isinstance(damp, Tensor):
-        raise TypeError(
-            f"{name}: damp must be a real number or tensor; got {type(damp).__name__}."
-        )
+        raise TypeError(f"{name}: damp must be a real number or tensor; got {type(damp).__name__}.")
     if damp.dtype.is_complex:
         raise TypeError(f"{name}: damp must be real; got {damp.dtype}.")
     _require_inexact(damp, "damp", name)

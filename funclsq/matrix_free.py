@@ -54,7 +54,7 @@ class LinearOperator:
         self,
         matvec: Matvec,
         shape: tuple[int, int],
-        params: tuple[Tensor, ...] = (),
+        params: Any = (),
         rmatvec: Matvec | None = None,
     ) -> None:
         if not callable(matvec):
@@ -133,9 +133,9 @@ class MatrixFreeStructure:
                 )
             return out.unsqueeze(-1) if single else out
         inner = 0 if v.ndim == 3 else None
-        return torch.vmap(
-            lambda p, t: self.call(f, p, t, rows), in_dims=(dims, inner), out_dims=0
-        )(params, v)
+        return torch.vmap(lambda p, t: self.call(f, p, t, rows), in_dims=(dims, inner), out_dims=0)(
+            params, v
+        )
 
 
 class MatrixFreeOp:
@@ -218,6 +218,11 @@ def _dot_test(op: MatrixFreeOp) -> None:
         )
 
 
+def _vjp(f: Callable[..., Any], *primals: Tensor) -> tuple[Any, Any]:
+    """torch.func.vjp without auxiliary output, which its type leaves open."""
+    return torch.func.vjp(f, *primals)  # type: ignore[return-value]
+
+
 # What the derivative rules need of a matrix-free operator, in terms of torch.func.
 
 
@@ -231,18 +236,18 @@ def apply_adjoint(s: Any, params: tuple[Tensor, ...], u: Tensor) -> Tensor:
     if s.rmatvec is not None:
         return s.call(s.rmatvec, params, u, s.shape[1])
     batched = u.ndim == 3 or any(p.ndim > d for p, d in zip(params, s.param_ndims))
-    lead = ()
+    lead: tuple[int, ...] = ()
     if batched:
         sizes = [p.shape[0] for p, d in zip(params, s.param_ndims) if p.ndim > d]
         lead = (sizes[0] if sizes else u.shape[0],)
     zero = torch.zeros((*lead, s.shape[1], u.shape[-1]), dtype=u.dtype, device=u.device)
-    image, pull = torch.func.vjp(lambda v: apply(s, params, v), zero)
+    image, pull = _vjp(lambda v: apply(s, params, v), zero)
     return pull(u.expand_as(image))[0]
 
 
 def pull_params(f: Callable[..., Tensor], params: tuple[Tensor, ...], cotangent: Tensor):
     """Cotangents of params under params -> f(params)."""
-    image, pull = torch.func.vjp(lambda *p: f(p), *params)
+    image, pull = _vjp(lambda *p: f(p), *params)
     return pull(cotangent.expand_as(image))
 
 
@@ -251,6 +256,6 @@ def push_params(
 ) -> Tensor:
     """Tangent of f(params): the transpose of the pull-back, so no forward mode is nested."""
     filled = tuple(torch.zeros_like(p) if t is None else t for p, t in zip(params, tangents))
-    image, pull = torch.func.vjp(lambda *p: f(p), *params)
-    _, push = torch.func.vjp(pull, torch.zeros_like(image))
+    image, pull = _vjp(lambda *p: f(p), *params)
+    _, push = _vjp(pull, torch.zeros_like(image))
     return push(filled)[0]

@@ -86,10 +86,10 @@ class SparseStructure:
 
 def entries_to_csr(pattern: SparsityPattern, values: Tensor) -> Tensor:
     """Bring values in entry order to canonical CSR order, repeated entries summed."""
-    order = pattern.tensor("order", values.device)
+    order = pattern.permutation("order", values.device)
     if order is not None:
         values = values.index_select(-1, order)
-    slot = pattern.tensor("slot", values.device)
+    slot = pattern.permutation("slot", values.device)
     if slot is not None:
         out = values.new_zeros((*values.shape[:-1], pattern.nnz_unique))
         values = out.index_add_(-1, slot, values)
@@ -98,7 +98,7 @@ def entries_to_csr(pattern: SparsityPattern, values: Tensor) -> Tensor:
 
 def csr_to_entries(pattern: SparsityPattern, csr_values: Tensor) -> Tensor:
     """Read CSR slots back in entry order (the adjoint of :func:`entries_to_csr`)."""
-    index = pattern.tensor("inverse_order", csr_values.device)
+    index = pattern.permutation("inverse_order", csr_values.device)
     return csr_values if index is None else csr_values.index_select(-1, index)
 
 
@@ -205,14 +205,21 @@ class SparseOp:
         return SparseOp(self.pattern, values)
 
     def column_norms(self) -> Tensor:
-        """2-norms of the columns, safe from overflow."""
+        """2-norms of the columns, safe from overflow and underflow."""
         size = self.csr_values.abs()
-        index = self.pattern.tensor("indices", self.device).long().expand_as(size)
-        shape = (*size.shape[:-1], self.shape[1])
-        top = size.new_zeros(shape).scatter_reduce_(-1, index, size, "amax")
+        index = self.pattern.tensor("indices", self.device)
+        out = size.new_zeros((*size.shape[:-1], self.shape[1]))
+        if size.numel() == 0:
+            return out
+        low, high = size.aminmax()
+        safe = torch.finfo(size.dtype).tiny ** 0.25
+        if self.device.type == "cpu" and (float(low) > safe and float(high) < 1 / safe):
+            return out.index_add_(-1, index, size * size).sqrt_()
+        index = index.long().expand_as(size)
+        top = out.scatter_reduce(-1, index, size, "amax")
         unit = torch.where(top > 0, top, torch.ones_like(top))
         part = (size / unit.gather(-1, index)) ** 2
-        return top * size.new_zeros(shape).scatter_add_(-1, index, part).sqrt()
+        return top * out.scatter_add_(-1, index, part).sqrt_()
 
     def dense(self) -> Tensor:
         """The matrix as a strided tensor, (m, n) or (B, m, n)."""
@@ -313,7 +320,7 @@ class ScaledOp:
 class StackedOp:
     """[A; diag(damp)], of shape (m + n, n): damping as extra rows."""
 
-    def __init__(self, op: Operator, damp: Tensor) -> None:
+    def __init__(self, op: Any, damp: Tensor) -> None:
         self.op, self.damp = op, damp
         m, n = op.shape
         self.shape = (m + n, n)
@@ -365,7 +372,8 @@ def column_scale(op: Operator) -> Tensor | None:
     norms = op.column_norms()
     if norms is None:
         return None
-    return torch.where(norms > 0, 1 / norms, torch.ones_like(norms))
+    scale = torch.where(norms > 0, 1 / norms, torch.ones_like(norms))
+    return scale.clamp_(max=torch.finfo(norms.dtype).max)
 
 
 def _into(value: Tensor, out: Tensor | None) -> Tensor:

@@ -149,9 +149,7 @@ class SparsityPattern:
             return True
         if not isinstance(other, SparsityPattern):
             return NotImplemented
-        return (
-            self.shape == other.shape and self.nnz == other.nnz and self.digest == other.digest
-        )
+        return self.shape == other.shape and self.nnz == other.nnz and self.digest == other.digest
 
     def __repr__(self) -> str:
         return f"SparsityPattern(shape={self.shape}, nnz={self.nnz})"
@@ -221,17 +219,20 @@ class SparsityPattern:
         """Permutation from the CSR values of A to those of A^T."""
         return self._transposed()[2]
 
-    def tensor(self, name: str, device: torch.device) -> Tensor | None:
+    def tensor(self, name: str, device: torch.device) -> Tensor:
         """Return an index array as a tensor on ``device`` (raw kernels only; kept)."""
         key = (name, device)
         found = self._tensors.get(key)
         if found is None:
-            array = getattr(self, name)
-            if array is None:
-                return None
-            found = _tensor_of(array).to(device)
-            self._tensors[key] = found
+            found = self._tensors[key] = _tensor_of(getattr(self, name)).to(device)
         return found
+
+    def permutation(self, name: str, device: torch.device) -> Tensor | None:
+        """Return one of order, slot and inverse_order as :meth:`tensor` does; None if trivial."""
+        key = (name, device)
+        if key in self._tensors:
+            return self._tensors[key]
+        return None if getattr(self, name) is None else self.tensor(name, device)
 
     @property
     def csr_rows(self) -> np.ndarray:

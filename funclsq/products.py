@@ -36,8 +36,7 @@ def csr_mm(matrix: Tensor, X: Tensor, out: Tensor | None = None) -> Tensor:
 
     Cost: 2 nnz k flops; reads the values and indices once per block of 8 columns.
     """
-    m, n = matrix.shape
-    k = X.shape[1]
+    m, k = matrix.shape[0], X.shape[1]
     if matrix._nnz() == 0 or k == 0 or m == 0:
         return X.new_zeros((m, k)) if out is None else out.zero_()
     if k == 1 and X.stride(0) == 1 and out is None:

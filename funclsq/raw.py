@@ -130,14 +130,10 @@ def solver_calls() -> int:
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
-    return (
-        a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-    )
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
-def _prepare(
-    plan: Plan, params: tuple[Tensor, ...], w: Tensor | None, d2: Tensor | None
-) -> _Entry:
+def _prepare(plan: Plan, params: tuple[Tensor, ...], w: Tensor | None, d2: Tensor | None) -> _Entry:
     """Find or make the method prepared for these values."""
     key = (plan.structure, plan.options, plan.full_rank)
     data = (*params, w, d2)
@@ -166,13 +162,11 @@ def _prepare(
     return entry
 
 
-def pin(
-    plan: Plan, params: tuple[Tensor, ...], w: Tensor | None, d2: Tensor | None
-) -> _Entry:
+def pin(plan: Plan, params: tuple[Tensor, ...], w: Tensor | None, d2: Tensor | None) -> _Entry:
     """Prepare now, and keep what was prepared as long as the returned object lives."""
     with torch.no_grad():
-        operands = (_innermost(t) for t in (*params, w, d2))
-        *base, w, d2 = operands
+        base: Any = [_innermost(t) for t in params]
+        w, d2 = _innermost(w), _innermost(d2)
         if plan.check_finite:
             _check_finite(plan, base, w, d2, None, None)
         entry = _prepare(plan, tuple(base), w, d2)
@@ -252,8 +246,8 @@ def _raw_solve(plan, params, w, d2, c, g, gate, norms):
     if norms or plan.on_failure == "raise":
         _report(plan, info)
     if folded:
-        x, ax = (t.reshape(t.shape[0], batch, -1).movedim(1, 0) for t in (x, ax))
-        info = info.reshape(batch, -1, INFO)
+        x, ax = (t.unflatten(1, (*lead, -1)).movedim(1, 0) for t in (x, ax))
+        info = info.unflatten(0, (*lead, -1))
     return x.contiguous(), ax.contiguous(), info
 
 
@@ -264,7 +258,7 @@ def _skipped(some, lead, m, n, k, real):
     return some.new_zeros((*lead, n, k)), some.new_zeros((*lead, m, k)), info
 
 
-def _fold(t: Tensor | None, batch: int) -> Tensor | None:
+def _fold(t: Tensor | None, batch: Any) -> Tensor | None:
     if t is None:
         return None
     t = t.expand(batch, *t.shape[-2:])

@@ -175,7 +175,6 @@ def describe(status, iterations, residual_norm, normal_residual_norm) -> str:
     )
 
 
-
 LEAVES = tuple(f.name for f in dataclasses.fields(Solution) if f.name != "reason")
 
 
@@ -184,7 +183,7 @@ def _flatten(s: Solution):
 
 
 def _unflatten(leaves, reason):
-    return Solution(*leaves, reason=reason)
+    return Solution(**dict(zip(LEAVES, leaves)), reason=reason)
 
 
 torch.utils._pytree.register_pytree_node(

@@ -152,7 +152,7 @@ class Sparse:
 torch.utils._pytree.register_pytree_node(
     Sparse,
     lambda A: ([A.values], A.pattern),
-    lambda leaves, pattern: _rebuild(pattern, leaves[0]),
+    lambda leaves, pattern: _rebuild(pattern, next(iter(leaves))),
     serialized_type_name="funclsq.Sparse",
 )
 

@@ -123,7 +123,7 @@ def _build(values: Tensor, skeleton: tuple[Any, ...]) -> Tensor:
     if layout == torch.sparse_coo:
         return torch.sparse_coo_tensor(index[0], values, shape, check_invariants=False)
     return torch.sparse_compressed_tensor(
-        *index, values, shape, layout=layout, check_invariants=False
+        index[0], index[1], values, shape, layout=layout, check_invariants=False
     )
 
 

@@ -75,7 +75,7 @@ def _load(name: str) -> Backend | None:
         return None
     try:
         return importlib.import_module(f"funclsq.backends.{module}")  # type: ignore[return-value]
-    except (ImportError, OSError):  # present but unusable: a shared library is missing
+    except Exception:  # present but unusable, as where a shared library is missing
         return None
 
 

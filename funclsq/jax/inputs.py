@@ -34,12 +34,10 @@ _DTYPES = ("float32", "float64", "complex64", "complex128")
 class Call:
     """The static part of a call: the problem, and how answers are brought back."""
 
-    name: str
     problem: Problem
     lead: tuple[int, ...]
     per_column: bool
     vector: bool
-    on_failure: str
 
 
 def canonical(
@@ -99,7 +97,7 @@ def canonical(
     problem = Problem(
         structure, options, full, damped, on_failure, check_finite, compute_dtype, mechanism()
     )
-    call = Call(name, problem, lead, per_column, vector, on_failure)
+    call = Call(problem, lead, per_column, vector)
     arrays = {
         "params": params, "aux": aux, "kept": kept, "b": b, "damp": damp, "weights": weights,
         "x0": x0,

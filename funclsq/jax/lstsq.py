@@ -10,11 +10,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from funclsq.errors import ConvergenceError
 from funclsq.inputs import settings
 from funclsq.jax.inputs import Call, canonical
 from funclsq.jax.primitive import Operands, S
-from funclsq.solution import LEAVES, Solution, Status
+from funclsq.solution import LEAVES, Solution, Status, describe
+
+try:
+    import equinox as eqx
+except ImportError:  # the extra is optional
+    eqx = None
 
 __all__ = ["lstsq", "solve"]
 
@@ -61,8 +68,8 @@ def lstsq(
         As for :func:`funclsq.lstsq`.
     on_failure : {"warn", "raise", "ignore"}
         What happens when a solve does not meet its tolerance: a ``ConvergenceWarning`` from the
-        host, an error (``equinox.error_if``; for a derivative's solve, an error of the JAX
-        runtime), or nothing. See :func:`solve` for a status.
+        host; an error (``ConvergenceError``, inside ``jit`` that of ``equinox.error_if``, for a
+        derivative's solve one of the JAX runtime); or nothing. :func:`solve` gives a status.
     check_finite : bool
         Whether the input is tested for NaN and Inf (and weights for negative entries). Members
         and columns with such input come out as NaN, and count as failed.
@@ -105,8 +112,8 @@ def lstsq(
     call, arrays = canonical(
         "lstsq", A, b, damp, weights, x0, opts, on_failure, check_finite, compute_dtype
     )
-    x, _ = _run(call, arrays)
-    return x
+    x, info = _run(call, arrays)
+    return _raise_if_failed("lstsq", x, info) if on_failure == "raise" else x
 
 
 def solve(
@@ -148,6 +155,8 @@ def solve(
         "solve", A, b, damp, weights, x0, opts, on_failure, check_finite, compute_dtype
     )
     x, info = _run(call, arrays)
+    if on_failure == "raise":
+        x = _raise_if_failed("solve", x, info)
     return Solution(x, *info, reason=f"solver={opts.solver!r}")
 
 
@@ -197,8 +206,6 @@ def _run(call: Call, arrays: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
         info = info.reshape(count, width, -1)
     if x0 is not None:
         x = x0 + x
-    if call.on_failure == "raise":
-        x = _raise_if_failed(call.name, x, info)
     return _restore(call, x, k), _table(_restore_info(call, info, k))
 
 
@@ -237,16 +244,20 @@ def _table(info):
     return status, iterations, residual, normal, rank, cond, method
 
 
-def _raise_if_failed(name, x, info):
-    try:
-        import equinox as eqx
-    except ImportError:
-        raise ImportError(
-            f'{name}: on_failure="raise" needs equinox inside JAX programs. Install it with '
-            "pip install 'funclsq[jax]', or use funclsq.jax.solve and look at its status."
-        ) from None
-    status = info[..., 0]
+def _raise_if_failed(name: str, x: Any, info: tuple[Any, ...]) -> Any:
+    """Raise now if there are values to look at, else put the check into the program."""
+    status, iterations, residual, normal = info[:4]
     good = functools.reduce(jnp.logical_or, (status == int(s) for s in Status if s.converged))
+    if not isinstance(good, jax.core.Tracer):
+        if not bool(good.all()):
+            tables = (np.asarray(t) for t in (status, iterations, residual, normal))
+            raise ConvergenceError(f"{name}: {describe(*tables)}")
+        return x
+    if eqx is None:
+        raise ImportError(
+            f'{name}: on_failure="raise" inside a JAX program needs equinox. Install it with '
+            "pip install 'funclsq[jax]', or use funclsq.jax.solve and look at its status."
+        )
     return eqx.error_if(
         x,
         jnp.logical_not(good.all()),

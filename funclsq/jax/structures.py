@@ -26,9 +26,15 @@ from funclsq.pattern import SparsityPattern
 
 __all__ = ["Dense", "Indexed", "Static"]
 
-# One object per structure: the host side compares them by identity first.
 _dense = functools.lru_cache(maxsize=256)(DenseStructure)
-_sparse = functools.lru_cache(maxsize=256)(SparseStructure)
+
+
+def _sparse(pattern: SparsityPattern) -> SparseStructure:
+    """Make one structure per pattern: the host compares them by identity first."""
+    found = pattern.cache.get("structure")
+    if found is None:
+        found = pattern.cache.setdefault("structure", SparseStructure(pattern))
+    return found
 
 
 class Bilinear:

@@ -40,6 +40,8 @@ class Targets:
     xlimit : float
         Largest ||A|| ||x|| / ||b|| at which the rounding of A x still shows the residual. Beyond,
         A x = b is not tested.
+    reduction : float
+        A run also ends once ||A^H r|| is this fraction of what it was at its start.
     consistent : bool
         Whether A x = b is a test at all (it is not for a right-hand side g in the domain).
     bounded : bool
@@ -54,6 +56,7 @@ class Targets:
     xnorm: np.ndarray
     rnorm: np.ndarray
     xlimit: float
+    reduction: float = 0.0
     consistent: bool = True
     bounded: bool = False
 
@@ -120,6 +123,7 @@ def _iterate_one(
     floor, limit, xnorm = targets.btol * bnorm, targets.xlimit * bnorm, float(targets.xnorm[0])
     outer, best, since = float(targets.rnorm[0]), float("inf"), 0
     consistent = targets.consistent
+    goal = targets.reduction * state.arnorm
     count, status = 0, Status.START_SOLVES
     if not state.arnorm <= atol * state.anorm * max(state.rnorm, outer):
         status = Status.MAXITER
@@ -133,7 +137,7 @@ def _iterate_one(
             image = anorm * xnorm  # about ||A x||, or more where A x cancels
             if consistent and rnorm <= floor + (atol * image if image <= limit else 0.0):
                 status = _name(Status.RESIDUAL_SMALL, targets)
-            elif arnorm <= atol * anorm * max(rnorm, outer):
+            elif arnorm <= max(atol * anorm * max(rnorm, outer), goal):
                 status = _name(Status.NORMAL_RESIDUAL_SMALL, targets)
             elif state.acond >= conlim:
                 status = Status.CONDITION_LIMIT
@@ -189,6 +193,7 @@ def _iterate_block(
     out.anorm[...] = host(state.anorm)
     scalars.freeze(out.status == _RUNNING)
     xnorm = targets.xnorm.copy()
+    goal = targets.reduction * host(state.arnorm)
     best, since = np.full(shape, np.inf), np.zeros(shape, dtype=np.int64)
     count = 0
     with np.errstate(all="ignore"):
@@ -205,7 +210,7 @@ def _iterate_block(
             best[..., columns] = np.where(fell, arnorm, best[..., columns])
             since[..., columns] = np.where(fell, count, since[..., columns])
             stalled = count > since + np.maximum(_PATIENCE, since)
-            _check(state, host, targets, out, columns, xnorm, stalled, count)
+            _check(state, host, targets, out, columns, xnorm, goal, stalled, count)
             if report is not None:
                 active = out.status[..., columns] == _RUNNING
                 report(count, active, host(state.rnorm), host(state.arnorm))
@@ -222,6 +227,7 @@ def _check(
     out: Run,
     columns: np.ndarray,
     xnorm: np.ndarray,
+    goal: np.ndarray,
     stalled: np.ndarray,
     count: int,
 ) -> None:
@@ -237,7 +243,8 @@ def _check(
     status[stalled[..., columns] | (blown & targets.bounded)] = int(Status.STAGNATED)
     status[~(rnorm + arnorm < np.inf)] = int(Status.NONFINITE)
     status[acond >= targets.conlim] = int(Status.CONDITION_LIMIT)
-    small = arnorm <= targets.atol * anorm * np.fmax(rnorm, targets.rnorm[..., columns])
+    level = targets.atol * anorm * np.fmax(rnorm, targets.rnorm[..., columns])
+    small = arnorm <= np.fmax(level, goal[..., columns])
     status[small] = int(_name(Status.NORMAL_RESIDUAL_SMALL, targets))
     if targets.consistent:
         solved = rnorm <= targets.btol * bnorm + np.where(blown, 0.0, targets.atol * image)

@@ -25,6 +25,7 @@ from funclsq.solvers._iterate import Report, Run, Targets, iterate
 __all__ = ["Answer", "Settings", "solve_verified"]
 
 _PASSES = 4  # runs at most: the first and three corrections
+_REDUCTION = 1e-6  # of the residual by each run with a preconditioner, which makes runs short
 _LOOSER = 32.0  # times the tolerance, for a run whose x grew into a null space
 _SLACK = 4.0  # times what rounding explains that a true residual may be
 _AT_EPS = 1e3  # a tolerance below this many eps is called the rounding level
@@ -48,7 +49,8 @@ class Settings:
     report : callable or None
         Called with a dict of the state at every check.
     inverse : callable or None
-        Applies a preconditioner N^-1; norms in the domain are then those of N.
+        Applies a preconditioner N^-1. Its rounding is that of cond(N), so that the solution is
+        reached by short runs for corrections rather than by one to the end.
     """
 
     atol: float
@@ -116,6 +118,7 @@ def solve_verified(
         xnorm=zero,
         rnorm=zero,
         xlimit=settings.eps**-0.5 if settings.inverse is None else 0.0,
+        reduction=0.0 if settings.inverse is None else _REDUCTION,
         consistent=g is None,
         bounded=g is None and not settings.definite,
     )
@@ -123,7 +126,7 @@ def solve_verified(
         method, op, c, targets, settings.maxiter, _reporter(settings, 0), **_extra(settings, g)
     )
     answer, s = _answer(op, c, g, run)
-    pending = _judge(answer, _domain_norm(s, settings), targets, settings)
+    pending = _judge(answer, norms(s), targets, settings)
     for _ in range(_PASSES - 1):
         used = int(answer.iterations.max(initial=0))
         if not pending.any() or used >= settings.maxiter:
@@ -147,11 +150,11 @@ def solve_verified(
         run = iterate(method, op, rhs, targets, settings.maxiter - used, report, **extra)
         run.x = torch.where(on, run.x, 0).add_(torch.where(redo, 0, answer.x))
         trial, s_trial = _answer(op, c, g, run)
-        before, after = _domain_norm(s, settings), _domain_norm(s_trial, settings)
+        before, after = norms(s), norms(s_trial)
         better = pending & ((after < before) | grown)
         answer = _merge(answer, trial, better, pending)
         s = torch.where(_mask(better, c), s_trial, s)
-        pending &= _judge(answer, _domain_norm(s, settings), targets, settings)
+        pending &= _judge(answer, norms(s), targets, settings)
         stalled = pending & ~(after <= 0.5 * before) & ~grown
         answer.status[stalled] = int(Status.STAGNATED)
         pending &= ~stalled
@@ -173,13 +176,6 @@ def _extra(settings: Settings, g: Tensor | None) -> dict[str, Any]:
     return {name: value for name, value in extra.items() if value is not None}
 
 
-def _domain_norm(s: Tensor, settings: Settings) -> np.ndarray:
-    """||s||, in the norm of N^-1 with a preconditioner."""
-    if settings.inverse is None:
-        return norms(s)
-    return (s.conj() * settings.inverse(s)).sum(-2).real.clamp_min(0).sqrt().double().cpu().numpy()
-
-
 def _answer(op: Any, c: Tensor, g: Tensor | None, run: Run) -> tuple[Answer, Tensor]:
     r = c - op.mv(run.x)
     s = op.rmv(r)
@@ -191,11 +187,11 @@ def _answer(op: Any, c: Tensor, g: Tensor | None, run: Run) -> tuple[Answer, Ten
 def _judge(answer: Answer, snorm: np.ndarray, targets: Targets, settings: Settings) -> np.ndarray:
     """Say which columns have ended, by their own estimates, and are not there by true residuals."""
     rnorm, xnorm = norms(answer.r), norms(answer.x)
-    anorm, eps = answer.anorm, settings.eps
+    eps = settings.eps
+    # With a preconditioner the estimate is of another norm; here columns are scaled to 1.
+    anorm = answer.anorm if settings.inverse is None else np.ones_like(answer.anorm)
     image = anorm * xnorm
-    if settings.inverse is not None:
-        image = targets.bnorm + rnorm
-    elif targets.consistent:  # an x beyond the limit explains nothing
+    if targets.consistent and settings.inverse is None:  # an x beyond the limit explains nothing
         image = np.where(_grown(answer, targets), 0.0, image)
     scale = settings.atol * rnorm + eps * (rnorm + targets.bnorm + image)
     met = snorm <= _SLACK * anorm * scale

@@ -81,6 +81,8 @@ class CholeskyPrepared:
     ) -> None:
         self.dtype = op.dtype
         m, n = op.shape
+        if damp is not None and not bool((damp != 0).any()):
+            damp = None
         eps = torch.finfo(op.dtype).eps
         rcond = max(m, n) * eps if options.rcond is None else float(options.rcond)
         batch = op.batch

@@ -92,10 +92,14 @@ def _keeping_rank(problem: Problem, values: np.ndarray) -> np.ndarray:
 
 def _off_rank(problem: Problem, part: Problem) -> LinearOperator:
     """Return the map V -> (I - M M^+) [W^(1/2) V; 0] N on stored entries, N spanning null(M)."""
-    m = problem.shape[0]
-    w = part.weights()
-    root = np.sqrt(np.where(w > 0, w, 1.0))  # a row of weight 0 must stay in the row space too
-    u, _, vh = stacked_svd(part)
+    m, w = problem.shape[0], part.weights()
+    everywhere = np.where(w > 0, w, 1.0)  # a row of weight 0 must stay in the row space too,
+    inputs = part.inputs | {"weights": everywhere[:, 0]}
+    u, s, vh = stacked_svd(dataclasses.replace(part, inputs=inputs))
+    if (s > s[:1] * np.finfo(problem.dtype).eps ** 0.5).sum() > problem.rank:  # unless outside
+        u, s, vh = stacked_svd(part)
+        everywhere = w
+    root = np.sqrt(everywhere)
     u, null = u[:, : problem.rank], vh[problem.rank :].conj().T
 
     def project(y: np.ndarray) -> np.ndarray:
