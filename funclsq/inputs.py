@@ -227,7 +227,7 @@ def canonical(
         block = block.movedim(-1, -2).unsqueeze(-1)
         start = None if start is None else start.movedim(-1, -2).unsqueeze(-1)
         params = tuple(p.unsqueeze(p.ndim - d) for p, d in zip(params, structure.param_ndims))
-        d2 = None if d2 is None or d2.ndim == 1 else d2.unsqueeze(-2)
+        d2 = d2 if d2 is None or d2.ndim == 1 else d2.unsqueeze(-2)
         lead_a = (*lead_a, 1) if lead_a else lead_a
     params = tuple(
         _flat(p.reshape(*p.shape[p.ndim - d :]) if not lead_a else p, full, d)

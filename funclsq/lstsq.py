@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funclsq import derivatives
+from funclsq import derivatives, matrix
 from funclsq.inputs import Problem, canonical, settings
 from funclsq.solution import Solution
 
@@ -147,7 +147,7 @@ def solve(
 def _solve(p: Problem) -> tuple[Tensor, Tensor]:
     c = p.b
     if p.x0 is not None:
-        c = c - derivatives.matmul(p.plan.structure, p.params, p.x0)
+        c = c - matrix.matmul(p.plan.structure, p.params, p.x0)
     x, _, info = derivatives.solve(p.plan, p.w, p.d2, c, None, None, p.params, primary=True)
     return (x if p.x0 is None else p.x0 + x), info
 

@@ -10,7 +10,7 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from funclsq.derivatives import matmul
+from funclsq.matrix import matmul
 from funclsq.operators import SparseStructure
 from funclsq.pattern import SparsityPattern
 from funclsq.torch_sparse import assemble, pattern_and_values

@@ -27,9 +27,7 @@ class _Symbolic:
         counts = np.bincount(column[self._lower], minlength=n)
         lower_indptr = np.concatenate(([0], np.cumsum(counts)))
         ones = np.ones(self._lower.size)
-        pattern = scipy.sparse.csc_array(
-            (ones, indices[self._lower], lower_indptr), shape=(n, n)
-        )
+        pattern = scipy.sparse.csc_array((ones, indices[self._lower], lower_indptr), shape=(n, n))
         self._symbolic = rslab.analyze(pattern, path="ldlt", ordering="amd")
 
     def factor(self, data: np.ndarray) -> _Factor:

@@ -2,28 +2,29 @@
 
 The unknowns x are the heights at every point of a grid. The rows of A are of two sorts:
 
-    sample      x at the sample's grid point      against the height measured there     weight 1
-    smoothness  a difference of neighbouring x    against 0                             weight w
+    sample      x at a sample's grid point        against the height measured there
+    smoothness  a difference of neighbouring x    against 0
 
-with one weight w per kind of difference (slope and curvature, per direction) and terrain class.
-A never changes; the weights are what is learnt.
+A never changes. What is learnt is the weights: one for each survey, and one for each kind of
+difference (slope and curvature, per direction) in each class of terrain.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
 
-from funclsq import SparsityPattern
-from funclsq.demo.elevation import Elevation
+from funclsq import Sparse, SparsityPattern, lstsq
+from funclsq.demo.samples import SURVEYS, Samples
 
-__all__ = ["CURVATURE", "KINDS", "Samples", "Terrain", "classes", "draw"]
+__all__ = ["KINDS", "THIN_PLATE", "LogWeights", "Terrain", "classes"]
 
-# kind -> offsets (row, column) and coefficients of a finite difference
+# kind of difference -> offsets (row, column), coefficients
 KINDS: dict[str, tuple[tuple[tuple[int, int], ...], tuple[int, ...]]] = {
     "x": (((0, 0), (0, 1)), (-1, 1)),
     "y": (((0, 0), (1, 0)), (-1, 1)),
@@ -31,80 +32,43 @@ KINDS: dict[str, tuple[tuple[tuple[int, int], ...], tuple[int, ...]]] = {
     "yy": (((0, 0), (1, 0), (2, 0)), (1, -2, 1)),
     "xy": (((0, 0), (0, 1), (1, 0), (1, 1)), (1, -1, -1, 1)),
 }
-# The bending energy of a thin plate, xx^2 + yy^2 + 2 xy^2: what one weight multiplies.
-CURVATURE = {"x": 0.0, "y": 0.0, "xx": 1.0, "yy": 1.0, "xy": 2.0}
+# The bending energy of a thin plate, xx^2 + yy^2 + 2 xy^2, in the order of KINDS.
+THIN_PLATE = (0.0, 0.0, 1.0, 1.0, 2.0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Samples:
-    """Grid points (flat indices) and the heights measured there, in metres."""
+class LogWeights(NamedTuple):
+    """Logarithms of the weights: of the surveys, and of smoothness by kind and class.
 
-    points: np.ndarray
-    heights: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.points)
-
-    def error(self, surface: Tensor) -> Tensor:
-        """Surface minus measured heights."""
-        return surface[torch.from_numpy(self.points)] - torch.from_numpy(self.heights)
-
-
-def draw(
-    elevation: Elevation, share: float, noise: float, seed: int
-) -> tuple[Samples, Samples, Samples]:
-    """Measure ``share`` of all heights with ``noise`` (metres), split into fit, validation, test.
-
-    60, 20 and 20 per cent of the samples, at random.
+    A constant added to all of them changes nothing, so descent never moves that way.
     """
-    rng = np.random.default_rng(seed)
-    truth = elevation.heights.ravel()
-    count = round(share * truth.size)
-    points = rng.choice(truth.size, size=count, replace=False)
-    heights = truth[points] + noise * rng.standard_normal(count)
-    cuts = [round(0.6 * count), round(0.8 * count)]
-    fit, validation, test = map(Samples, np.split(points, cuts), np.split(heights, cuts))
-    return fit, validation, test
 
+    surveys: Tensor
+    smoothness: Tensor
 
-def classes(surface: np.ndarray, levels: tuple[float, ...]) -> np.ndarray:
-    """Class every grid point by the steepness around it: 0 (the flattest), 1, ...
-
-    Parameters
-    ----------
-    surface : array, shape (rows, columns)
-        A reconstruction; never the truth.
-    levels : tuple of float
-        The shares of the area that lie below each class boundary.
-    """
-    dy, dx = np.gradient(ndimage.gaussian_filter(surface, 2.0))
-    steepness = ndimage.gaussian_filter(np.hypot(dx, dy), 6.0)
-    return np.digitize(steepness, np.quantile(steepness, levels))
+    def relative(self) -> LogWeights:
+        """Shift so that the first survey has weight 1."""
+        return LogWeights(*(t - self.surveys[0] for t in self))
 
 
 @dataclasses.dataclass(frozen=True)
 class Terrain:
-    """The matrix and right-hand side, and which weight each row takes.
+    """A, b, and what decides each row's weight.
 
-    ``kind`` and ``centre`` hold, per smoothness row, the number of its difference in ``KINDS``
-    and the grid point it is about; sample rows come first and have none.
+    ``survey`` is the survey of every sample row (they come first); ``kind`` and ``centre`` are
+    the number of the difference in ``KINDS`` and the grid point of every smoothness row.
     """
 
     shape: tuple[int, int]
     pattern: SparsityPattern
     values: Tensor
     b: Tensor
+    survey: np.ndarray
     kind: np.ndarray
     centre: np.ndarray
 
-    @property
-    def samples(self) -> int:
-        """Number of sample rows."""
-        return len(self.b) - len(self.kind)
-
     @classmethod
     def assemble(cls, shape: tuple[int, int], fit: Samples) -> Terrain:
-        """Lay the rows out: the samples', then each kind of difference at every place it fits."""
+        """Lay the rows out: the samples', then each kind of difference wherever it fits."""
         grid = np.arange(shape[0] * shape[1]).reshape(shape)
         columns, values = [fit.points[:, None]], [np.ones((len(fit), 1))]
         kind, centre = [], []
@@ -123,17 +87,48 @@ class Terrain:
             np.concatenate([c.ravel() for c in columns]),
             (len(widths), grid.size),
         )
-        b = np.zeros(len(widths))
-        b[: len(fit)] = fit.heights
         return cls(
             shape,
             pattern,
             torch.from_numpy(np.concatenate([v.ravel() for v in values])),
-            torch.from_numpy(b),
+            torch.from_numpy(np.concatenate([fit.heights, np.zeros(len(widths) - len(fit))])),
+            fit.survey,
             np.concatenate(kind),
             np.concatenate(centre),
         )
 
-    def rows(self, classes: np.ndarray) -> np.ndarray:
-        """Number, in a flattened table (kind, class), of the weight of every smoothness row."""
-        return self.kind * (int(classes.max()) + 1) + classes.ravel()[self.centre]
+    def groups(self, classes: np.ndarray) -> np.ndarray:
+        """Number every row's weight among all (surveys, then kinds by classes)."""
+        smoothness = self.kind * (int(classes.max()) + 1) + classes.ravel()[self.centre]
+        return np.concatenate([self.survey, len(SURVEYS) + smoothness])
+
+    def surface(self, log_weights: LogWeights, groups: Tensor, **settings: Any) -> Tensor:
+        """argmin_x ||W^(1/2)(A x - b)||^2, in metres; differentiable in the log weights.
+
+        Parameters
+        ----------
+        log_weights : LogWeights
+            -inf leaves a kind of row out.
+        groups : int Tensor, shape (m,)
+            From :meth:`groups`.
+        **settings
+            Passed to :func:`funclsq.lstsq`.
+        """
+        every = torch.cat([t.flatten() for t in log_weights])
+        A = Sparse(self.pattern, self.values)
+        return lstsq(A, self.b, weights=every.exp()[groups], rank="full", **settings)
+
+
+def classes(surface: np.ndarray, levels: tuple[float, ...]) -> np.ndarray:
+    """Class every grid point by the steepness around it: 0 (the flattest), 1, ...
+
+    Parameters
+    ----------
+    surface : array, shape (rows, columns)
+        A first reconstruction; never the truth.
+    levels : tuple of float
+        The shares of the area that lie below each class boundary.
+    """
+    dy, dx = np.gradient(ndimage.gaussian_filter(surface, 2.0))
+    steepness = ndimage.gaussian_filter(np.hypot(dx, dy), 6.0)
+    return np.digitize(steepness, np.quantile(steepness, levels))

@@ -82,9 +82,7 @@ def canonical(
             f"b, {w_lead} for weights, {d_lead} for damp and {x_lead} for x0."
         ) from None
     if compute_dtype not in (None, "float64"):
-        raise ValueError(
-            f"{name}: compute_dtype must be None or 'float64'; got {compute_dtype!r}."
-        )
+        raise ValueError(f"{name}: compute_dtype must be None or 'float64'; got {compute_dtype!r}.")
     rank = options.rank
     if isinstance(rank, int) and rank > min(m, n):
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Least squares with the factored normal matrix, for an operator with at least as many rows as
-columns (damping included), of any column rank.
+"""Least squares with the factored normal matrix, for an operator of any column rank.
 
+The operator has at least as many rows as columns, damping included.
 The factor is used as it comes where cond(B S)^2 leaves room below 1/eps. Otherwise it is shifted,
 and the singular directions that the shift spoils are found and treated on their own; those below
 the rank tolerance are the null space.
@@ -75,8 +75,7 @@ class Core:
         except NotPositive as error:
             raise NeedsDense(str(error)) from None
         limit = (2 * MARGIN * rcond * self.top).clamp(min=(10 * normal.shift) ** 0.5)
-        room = n - int(normal.zero.sum(-1).max())
-        most = min(room, max(64, min(n // 4, 1024)))
+        most = min(n, max(64, min(n // 4, 1024)))
         small = small_directions(normal, limit, rcond * self.top, most)
         tolerance = (rcond * self.top).unsqueeze(-1)
         nulls = small.sigma <= tolerance

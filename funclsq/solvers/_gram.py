@@ -232,11 +232,19 @@ def _pairs_in_rows(indptr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _sort_by(i: np.ndarray, j: np.ndarray, n: int) -> np.ndarray:
     """Order that sorts pairs by (i, j), in linear time: two counting sorts."""
     size = i.size
-    by_j = scipy.sparse.csr_array(
-        (np.arange(size, dtype=np.int32), j, np.arange(size + 1)), shape=(size, n)
-    ).tocsc().data
+    by_j = (
+        scipy.sparse.csr_array(
+            (np.arange(size, dtype=np.int32), j, np.arange(size + 1)), shape=(size, n)
+        )
+        .tocsc()
+        .data
+    )
     moved = i[by_j]
-    by_i = scipy.sparse.csr_array(
-        (np.arange(size, dtype=np.int32), moved, np.arange(size + 1)), shape=(size, n)
-    ).tocsc().data
+    by_i = (
+        scipy.sparse.csr_array(
+            (np.arange(size, dtype=np.int32), moved, np.arange(size + 1)), shape=(size, n)
+        )
+        .tocsc()
+        .data
+    )
     return by_j[by_i]

@@ -36,6 +36,8 @@ class Normal:
         The scaled operator B S, in double precision.
     scale : Tensor, (n,) or (b, n)
         The diagonal of S.
+    filled : Operator
+        The same with one more row for each column, holding 1 where ``zero`` does.
     zero : bool Tensor, as ``scale``
         Columns of B that are zero, or below ``negligible`` times the largest one.
     broken : bool Tensor, () or (b,)
@@ -44,9 +46,7 @@ class Normal:
         What was added to the diagonal.
     """
 
-    def __init__(
-        self, B: Operator, backend: str | None = None, negligible: float = 0.0
-    ) -> None:
+    def __init__(self, B: Operator, backend: str | None = None, negligible: float = 0.0) -> None:
         norms = B.column_norms()
         self.broken = ~torch.isfinite(norms).all(-1)
         if bool(self.broken.any()):
@@ -58,6 +58,9 @@ class Normal:
         scale = torch.ldexp(torch.ones_like(norms), (-exponent).clamp(-1000, 1000))
         self.scale = torch.where(self.zero & (norms > 0), 0, scale)
         self.B = B.scaled(col=self.scale)
+        # with a unit in each zero column, as N has it: nothing is null but what is truly so
+        filled = bool(self.zero.any())
+        self.filled = StackedOp(self.B, self.zero.to(norms.dtype)) if filled else self.B
         self.n = B.shape[1]
         self.batch = B.batch
         self.shift = 0.0
@@ -178,9 +181,7 @@ def _repeated(gram, batch: int | None):
 def _blanked(op: Operator, broken: Tensor) -> Operator:
     """The operator with zero in place of the members that are not finite."""
     if isinstance(op, StackedOp):
-        return StackedOp(
-            _blanked(op.op, broken), torch.where(broken.unsqueeze(-1), 0, op.damp)
-        )
+        return StackedOp(_blanked(op.op, broken), torch.where(broken.unsqueeze(-1), 0, op.damp))
     if isinstance(op, SparseOp):
         return SparseOp(op.pattern, torch.where(broken.unsqueeze(-1), 0, op.csr_values))
     return DenseOp(torch.where(broken[..., None, None], 0, op.dense()))

@@ -37,8 +37,7 @@ def _random(normal, k: int, seed: int = 0) -> Tensor:
     lead = () if normal.batch is None else (normal.batch,)
     draw = torch.Generator().manual_seed(seed)
     V = torch.randn((normal.n, k), generator=draw, dtype=torch.float64)
-    V = V.to(normal.B.dtype).expand(*lead, normal.n, k)
-    return torch.where(normal.zero.unsqueeze(-1), 0, V)
+    return V.to(normal.B.dtype).expand(*lead, normal.n, k)
 
 
 def _unit(V: Tensor) -> Tensor:
@@ -48,10 +47,10 @@ def _unit(V: Tensor) -> Tensor:
 
 def largest(normal, steps: int = 5) -> Tensor:
     """Estimate the largest singular value of B from below by power iteration, () or (b,)."""
-    v = _unit(_random(normal, 1, seed=1))
+    v = _unit(torch.where(normal.zero.unsqueeze(-1), 0, _random(normal, 1, seed=1)))
     for _ in range(steps):
         v = _unit(normal.B.rmv(normal.B.mv(v)))
-    return torch.linalg.vector_norm(normal.B.mv(v), dim=-2).squeeze(-1)
+    return torch.linalg.vector_norm(normal.filled.mv(v), dim=-2).squeeze(-1)
 
 
 def smallest(normal, steps: int = 2) -> Tensor:
@@ -59,7 +58,7 @@ def smallest(normal, steps: int = 2) -> Tensor:
     v = _unit(_random(normal, 1))
     for _ in range(steps):
         v = _unit(normal.solve(v))
-    return torch.linalg.vector_norm(normal.B.mv(v), dim=-2).squeeze(-1)
+    return torch.linalg.vector_norm(normal.filled.mv(v), dim=-2).squeeze(-1)
 
 
 def small_directions(normal, limit: Tensor, floor: Tensor, most: int) -> Small:
@@ -69,7 +68,7 @@ def small_directions(normal, limit: Tensor, floor: Tensor, most: int) -> Small:
     singular value beyond the limit is met in every member, or to ``most`` directions; it is
     iterated until those below the limit stand to a tenth (or to ``floor``).
     """
-    B = normal.B
+    B = normal.filled
     signs = _random(normal, min(_FIRST, most), seed=2).sgn()
     V = normal.solve(signs)
     # Hutchinson: the trace of s (B^H B + s)^-1 counts the singular values below s^(1/2)
@@ -89,13 +88,17 @@ def small_directions(normal, limit: Tensor, floor: Tensor, most: int) -> Small:
         if bool((sigma[..., -1] > limit).all()) or p >= most:
             break
         grown = min(2 * p, most)
+        if grown == normal.n:
+            p = grown
+            V, sigma = _ritz(B, torch.eye(p, dtype=V.dtype).expand(*V.shape[:-1], p))
+            break
         extra = normal.solve(_random(normal, grown - p, seed=3 + grown))
         V = torch.linalg.qr(torch.cat((V, extra), -1))[0]
         p = grown
     low = sigma <= limit.unsqueeze(-1)
     keep = int(low.sum(-1).max()) if p else 0
     after = torch.where(low, torch.inf, sigma).amin(-1) if p else torch.full_like(limit, torch.inf)
-    return Small(V[..., :keep], sigma[..., :keep], after, keep < p or p == most == normal.n)
+    return Small(V[..., :keep], sigma[..., :keep], after, keep < p or p == normal.n)
 
 
 def _ritz(B, V: Tensor) -> tuple[Tensor, Tensor]:

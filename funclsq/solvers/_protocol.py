@@ -35,6 +35,11 @@ class Options:
     backend: str | None = None
     preconditioner: Any = None
     adjoint_solver: Callable[..., Any] | None = None
+    step: float | str | Callable[[int], float] | None = None
+    momentum: float | str | None = None
+    nesterov: bool | None = None
+    batch_size: int | None = None
+    seed: int | None = None
     callback: Callable[..., Any] | None = None
     progress: bool = False
     extra: tuple[tuple[str, Any], ...] = ()

@@ -88,7 +88,16 @@ def refine_image(
         y = y + B.mv(dz)
         return y if fine is None else y + B.mv(fine(residual(y)))
 
-    return _iterate(B, rough, residual, step, lambda dz: step(torch.zeros((), dtype=dz.dtype), dz), eps, True, True)
+    return _iterate(
+        B,
+        rough,
+        residual,
+        step,
+        lambda dz: step(torch.zeros((), dtype=dz.dtype), dz),
+        eps,
+        True,
+        True,
+    )
 
 
 def _iterate(B, rough, residual, step, start, eps, energy, image=False):

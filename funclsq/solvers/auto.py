@@ -111,10 +111,11 @@ class PreparedAuto:
         if self._options.maxiter is not None:
             limit = min(limit, self._options.maxiter)
         options = dataclasses.replace(self._options, maxiter=limit, callback=None, progress=False)
-        raw = prepare_lsmr(self._op, self._damp, options, self._full_rank).solve(c, None)
+        trial = prepare_lsmr(self._op, self._damp, options, self._full_rank)
+        raw = trial.solve(c, None)
         if not _converged(raw.status):
             return None
-        self._chosen = prepare_lsmr(self._op, self._damp, self._options, self._full_rank)
+        self._chosen = trial.with_options(self._options)
         return raw
 
     def __getattr__(self, name: str) -> Any:

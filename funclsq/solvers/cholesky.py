@@ -9,7 +9,8 @@ For m < n the normal equations of the second kind are used: with C = A^H,
 
     A^+ c = C (C^H C)^-1 c,        (A^H A)^+ g = C (C^H C)^-1 (C^+ g),
 
-so one factor of A A^H (m, m), its rows scaled, serves both.
+so one factor of A A^H (m, m), its rows scaled, serves both. Where damping is positive and m < n,
+A D^-2 A^H + I is factored if it is the smaller (see _dual).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from funclsq.operators import Operator, StackedOp
 from funclsq.solution import Method
 from funclsq.solvers._core import Core, NeedsDense
+from funclsq.solvers._dual import Dual, worthwhile
 from funclsq.solvers._gram import predict
 from funclsq.solvers._normal import flipped, widened
 from funclsq.solvers._protocol import Options, Raw
@@ -79,62 +81,81 @@ class CholeskyPrepared:
     def __init__(
         self, op: Operator, damp: Tensor | None, options: Options, full_rank: bool
     ) -> None:
-        self.dtype = op.dtype
         m, n = op.shape
         if damp is not None and not bool((damp != 0).any()):
             damp = None
-        eps = torch.finfo(op.dtype).eps
-        rcond = max(m, n) * eps if options.rcond is None else float(options.rcond)
-        batch = op.batch
-        if batch is None and damp is not None and damp.ndim == 2:
-            batch = damp.shape[0]
-        B = widened(op, batch)
-        self._m = m
-        self._wide = damp is None and m < n
-        if self._wide:
-            B = flipped(B)
-        elif damp is not None:
-            d = damp.to(torch.float64)
-            B = StackedOp(B, d.expand(batch, n) if batch is not None else d)
-        self._stacked = damp is not None
-        self._op = B
-        self._core = Core(B, rcond, options.backend, equivariant=options.scale is True)
-        self.rank: Tensor = self._core.rank.to(torch.int64)
-        self.cond: Tensor = self._core.cond.to(torch.float64)
-        self.deficient = torch.ones_like(self._core.deficient) if self._wide else (
-            self._core.deficient
-        )
-        if batch is None:
-            self.deficient = bool(self.deficient)
-        self.batch = batch
+        rcond = options.rcond
+        if rcond is None:
+            rcond = max(m, n) * torch.finfo(op.dtype).eps
+        self.dtype, self.batch = op.dtype, op.batch
+        if self.batch is None and damp is not None and damp.ndim == 2:
+            self.batch = damp.shape[0]
+        op = widened(op, self.batch)
+        self._dtype = op.dtype
+        if damp is not None:
+            damp = damp.to(torch.float64)
+            damp = damp if self.batch is None else damp.expand(self.batch, n)
+        equivariant = options.scale is True
+        self._problem: _Tall | _Wide | Dual
+        if damp is None and m < n:
+            self._problem = _Wide(Core(flipped(op), rcond, options.backend, equivariant))
+        elif damp is None:
+            self._problem = _Tall(Core(op, rcond, options.backend, equivariant), 0)
+        elif worthwhile(op, damp):
+            self._problem = Dual(op, damp, rcond, options.backend)
+        else:
+            stacked = StackedOp(op, damp)
+            self._problem = _Tall(Core(stacked, rcond, options.backend, equivariant), n)
+        core = self._problem.core
+        self.cond: Tensor = core.cond.to(torch.float64)
+        self.rank: Tensor = core.rank.to(torch.int64)
+        deficient = core.deficient
+        if isinstance(self._problem, _Wide):
+            deficient = torch.ones_like(deficient)
+        elif isinstance(self._problem, Dual):  # positive damping
+            self.rank, deficient = torch.full_like(self.rank, n), torch.zeros_like(deficient)
+        self.deficient = bool(deficient) if self.batch is None else deficient
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self._core.normal.nbytes
+        return self._problem.core.normal.nbytes
 
     def solve(self, c: Tensor | None, g: Tensor | None) -> Raw:
         """Apply x = G^+ (A^H c + g)."""
-        c, g = self._lift(c), self._lift(g)
-        core = self._core
-        if not self._wide:
-            if c is not None and self._stacked:
-                c = torch.nn.functional.pad(c, (0, 0, 0, self._op.shape[1]))
-            x, status, steps = core.solve(c, g)
-            return Raw(x.to(self.dtype), status, steps)
-        u, first = c, None
-        if g is not None:
-            v, first, _ = core.solve(g, None)
-            u = v if u is None else u + v
-        x, status, steps = core.image(u)
-        if first is not None:
-            status = torch.maximum(status, first)
+        x, status, steps = self._problem.solve(self._lift(c), self._lift(g))
         return Raw(x.to(self.dtype), status, steps)
 
     def _lift(self, v: Tensor | None) -> Tensor | None:
         if v is None:
             return None
-        v = v.to(self._op.dtype)
+        v = v.to(self._dtype)
         if self.batch is not None and v.ndim == 2:
             v = v.expand(self.batch, *v.shape)
         return v.contiguous()
+
+
+class _Tall:
+    """[A; D] has at least as many rows as columns; the last ``extra`` rows are D."""
+
+    def __init__(self, core: Core, extra: int) -> None:
+        self.core, self._extra = core, extra
+
+    def solve(self, c: Tensor | None, g: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if c is not None and self._extra:
+            c = torch.nn.functional.pad(c, (0, 0, 0, self._extra))
+        return self.core.solve(c, g)
+
+
+class _Wide:
+    """The normal equations of the second kind; ``core`` holds A^H."""
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+
+    def solve(self, c: Tensor | None, g: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if g is None:
+            return self.core.image(c)  # type: ignore[arg-type]
+        u, first, before = self.core.solve(g, None)
+        x, status, steps = self.core.image(u if c is None else u + c)
+        return x, torch.maximum(status, first), steps + before

@@ -10,6 +10,7 @@ from funclsq.solvers._protocol import Options, Prepared
 from funclsq.solvers.auto import prepare as prepare_auto
 from funclsq.solvers.cgls import prepare as prepare_cgls
 from funclsq.solvers.cholesky import prepare as prepare_cholesky
+from funclsq.solvers.gradient_descent import prepare as prepare_gradient_descent
 from funclsq.solvers.lsmr import prepare as prepare_lsmr
 from funclsq.solvers.lsqr import prepare as prepare_lsqr
 from funclsq.solvers.qr import prepare as prepare_qr
@@ -25,6 +26,7 @@ _METHODS = {
     "cholesky": prepare_cholesky,
     "qr": prepare_qr,
     "svd": prepare_svd,
+    "gradient_descent": prepare_gradient_descent,
 }
 NAMES = tuple(_METHODS)
 

@@ -82,8 +82,6 @@ def compare(
     >>> bool(report), sorted({row.quantity for row in report.failures})[:2]
     (False, ['hvp args[0]', 'hvp args[0] (r/f)'])
     """
-    from funclsq.validate._jax_side import jax_answers
-
     import jax
 
     from funclsq.validate._jax_side import jax_answers, x64

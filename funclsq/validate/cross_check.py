@@ -125,11 +125,11 @@ def cross_check(
         for oracle, truth in truths.items():
             rows += _rows(name, answer, oracle, truth, sensitivity, factor)
     for first, second in itertools.combinations(answers, 2):
-        truth = {
-            key: Estimate(a) for key, a in answers[first].items() if isinstance(a, np.ndarray)
-        }
+        truth = {key: Estimate(a) for key, a in answers[first].items() if isinstance(a, np.ndarray)}
         rows += _rows(second, answers[second], first, truth, sensitivity, 2 * factor)
-    order = {name: i for i, name in enumerate(dict.fromkeys(n for a in answers.values() for n in a))}
+    order = {
+        name: i for i, name in enumerate(dict.fromkeys(n for a in answers.values() for n in a))
+    }
     rows.sort(key=lambda row: (order[row.quantity], list(answers).index(row.candidate)))
     dropped = {(t, o) for t in order for o in truths} - {(r.quantity, r.oracle) for r in rows}
     return Report(
@@ -173,7 +173,10 @@ def _ask(
     m, n = problem.shape
     has_jax = importlib.util.find_spec("jax") is not None
     reasons = {
-        "autodiff": not has_jax and "JAX is not installed" or not problem.small and "A is too large",
+        "autodiff": (not has_jax
+        and "JAX is not installed")
+        or (not problem.small
+        and "A is too large"),
         "50 digits": m * n > MP_LIMIT and f"A has more than {MP_LIMIT} entries",
     }
     truths: dict[str, dict[str, Estimate]] = {}
@@ -202,7 +205,9 @@ def _ask(
 
 def _second(found: Arrays, d: Directions) -> float:
     """Return Re <x_bar, x''> along the tangents, which is their product with the hvp."""
-    pairs = [np.vdot(found[f"hvp {k}"], t).real for k, t in d.tangents.items() if f"hvp {k}" in found]
+    pairs = [
+        np.vdot(found[f"hvp {k}"], t).real for k, t in d.tangents.items() if f"hvp {k}" in found
+    ]
     return float(sum(pairs)) if len(pairs) == len(d.tangents) else float("nan")
 
 

@@ -87,7 +87,7 @@ class FactoredMaps:
             y_step = self._normal_solve(self._Bh @ top - bottom)
             s_step = top - self._B @ y_step
             s, y = s + s_step, y + y_step
-            last, size = size, max(_size(s_step) / _size(s, f), _size(y_step) / _size(y))
+            last, size = size, max(_ratio(s_step, s, f), _ratio(y_step, y))
             if size < _EPS or (size > last / 2 and last < 1e-3):
                 break
         if size < 1e3 * _EPS:
@@ -145,6 +145,7 @@ def _min_norm(A: Any, rhs: np.ndarray) -> np.ndarray:
     )
 
 
-def _size(*arrays: np.ndarray) -> float:
-    """Return the largest of the norms, or 1 where all are zero."""
-    return max(float(np.linalg.norm(a.astype(np.complex128))) for a in arrays) or 1.0
+def _ratio(step: np.ndarray, *whole: np.ndarray) -> float:
+    """Return the norm of a step over the largest norm of what it changes."""
+    top, *below = (float(np.linalg.norm(a.astype(np.complex128))) for a in (step, *whole))
+    return top / max(below) if top else 0.0

@@ -115,8 +115,10 @@ class _Lines:
     def __init__(self, problem: Problem, cotangent: np.ndarray) -> None:
         self.problem, self.cotangent = problem, cotangent
         self._here = [(s, _solver(p)) for s, p in problem.column_problems()]
-        self.size = {k: float(np.sqrt(np.mean(np.abs(a) ** 2))) or 1.0 if a.size else 1.0
-                     for k, a in problem.inputs.items()}
+        self.size = {
+            k: float(np.sqrt(np.mean(np.abs(a) ** 2))) or 1.0 if a.size else 1.0
+            for k, a in problem.inputs.items()
+        }
         self._slack = _smallest(problem)
 
     def stuck(self, key: str) -> bool:
@@ -128,9 +130,7 @@ class _Lines:
         """Return x at a distance t from the start."""
         problem = (start or self.problem).moved(along, t)
         moved = start is not None or any(k in along for k in ("A", "damp", "weights"))
-        solvers = (
-            [(s, _solver(p)) for s, p in problem.column_problems()] if moved else self._here
-        )
+        solvers = [(s, _solver(p)) for s, p in problem.column_problems()] if moved else self._here
         m, n = problem.shape
         b, A = problem.inputs["b"].reshape(m, -1), problem.matrix
         A = problem.scattered(problem.inputs["A"]) if A is None else A

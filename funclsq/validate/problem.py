@@ -155,6 +155,8 @@ class Problem:
 
 def stacked_svd(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the SVD (U, s, V^H) of M = [W^(1/2) A; D], V square; weights the same for all columns."""
-    stacked = np.vstack([np.sqrt(problem.weights()) * problem.toarray(), np.diag(problem.damping())])
+    stacked = np.vstack(
+        [np.sqrt(problem.weights()) * problem.toarray(), np.diag(problem.damping())]
+    )
     u, s, vh = np.linalg.svd(stacked, full_matrices=False)
     return u, s, vh

@@ -169,9 +169,7 @@ def _lines(report: Report) -> list[str]:
 def _say(row: Row) -> str:
     if not math.isfinite(row.error):
         return row.reason
-    return (
-        f"{row.error:.1e} from {row.oracle}, where {row.tolerance:.1e} is allowed ({row.reason})"
-    )
+    return f"{row.error:.1e} from {row.oracle}, where {row.tolerance:.1e} is allowed ({row.reason})"
 
 
 def _cell(row: Row | None, common: float) -> str:

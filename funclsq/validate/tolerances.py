@@ -127,7 +127,9 @@ def floors(problem: Problem, d: Directions, base: Arrays, cond: float) -> dict[s
         )
         out["jvp weights"] = size["x"]
     rates = [
-        size[f"hvp {k}"] / size[f"vjp {k}"] for k in problem.inputs if k != "x0" and size[f"vjp {k}"]
+        size[f"hvp {k}"] / size[f"vjp {k}"]
+        for k in problem.inputs
+        if k != "x0" and size[f"vjp {k}"]
     ]
     rate = max([*rates, 0.0])
     for key in problem.inputs:
