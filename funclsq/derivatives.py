@@ -53,6 +53,7 @@ from funclsq.forward_mode import nested_forward_mode, primals
 from funclsq.matrix import matmul, matmul_dot, outer, reduce_batch, rmatmul, rmatmul_dot
 from funclsq.opaque import solve_op
 from funclsq.raw import Plan
+from funclsq.solution import Status
 
 __all__ = ["solve"]
 
@@ -64,7 +65,7 @@ class _ReverseSolve(Function):
 
     @staticmethod
     def forward(plan, primary, w, d2, c, g, gate, *params):
-        return solve_op(params, w, d2, c, g, gate, plan.handle, primary)
+        return solve_op(params, w, d2, c, g, gate, plan.handle, primary, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -150,12 +151,13 @@ def _pull(plan, w, d2, c, g, gate, x, ax, info, params, k, k_ax, needs):
             rights.append(x)
         deficient = _deficiency(plan, info, gate)
         if deficient is not None:
-            _, au, _ = solve(plan, w, d2, None, x, deficient, params)
-            lefts.append(_rows(w, au))
-            rights.append(_null(structure, params, w, d2, k, z, az, deficient))
-            if g is not None:
+            au = _image_of_inverse(plan, w, d2, x, deficient, params)
+            if au is not None:
+                lefts.append(_rows(w, au))
+                rights.append(_null(structure, params, w, d2, k, z, az, deficient))
+            if g is not None and au is not None:
                 n_g = _null_of_g(plan, w, d2, c, g, x, ax, params, deficient)
-                _, agz, _ = solve(plan, w, d2, None, z, deficient, params)
+                agz = _image_of_inverse(plan, w, d2, z, deficient, params)
                 lefts.append(_rows(w, agz))
                 rights.append(n_g)
         U, V = _columns(lefts), _columns(rights)
@@ -202,6 +204,17 @@ def _push(plan, w, d2, c, g, gate, x, ax, info, params, tangents):
     if adx is not None:
         ax_dot = ax_dot + adx
     return x_dot, ax_dot
+
+
+def _image_of_inverse(plan, w, d2, v, gate, params):
+    """A G^+ v; None where the gate, or what the solver finds, says that it is not needed.
+
+    Where nothing records, by the cheaper solve that does not give G^+ v itself.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return solve(plan, w, d2, None, v, gate, params)[1]
+    _, image, info = solve_op(params, w, d2, None, v, gate, plan.handle, False, False)
+    return None if _is_zero(info[..., 0] != Status.SKIPPED) else image
 
 
 def _null(structure, params, w, d2, v, z, az, deficient):

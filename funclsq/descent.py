@@ -11,10 +11,11 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from funclsq.inputs import Problem, canonical, settings
-from funclsq.lstsq import solve
+from funclsq.lstsq import _solve as solve_problem
+from funclsq.lstsq import solution, solve
 from funclsq.matrix import matmul, rmatmul
 from funclsq.solution import LEAVES, Method, Solution, Status
-from funclsq.solvers._descend import Quadratic, Rule, State, descend, spectral_bound
+from funclsq.solvers._descend import Quadratic, Rule, descend, spectral_bound
 from funclsq.solvers.gradient_descent import MAXITER
 
 __all__ = ["Descent", "History", "gradient_descent"]
@@ -137,20 +138,31 @@ def gradient_descent(
     how = {"step": step, "momentum": momentum, "nesterov": nesterov}
     how |= {"batch_size": batch_size, "seed": seed}
     rule = Rule(**how)
-    if unrolled:
-        return _unrolled(A, b, rule, MAXITER if maxiter is None else maxiter, history, others)
-    if not history:
+    if not (history or unrolled):
         sol = solve(A, b, solver="gradient_descent", maxiter=maxiter, **how, **others)
-        return Descent(*(getattr(sol, name) for name in LEAVES), reason=sol.reason)
+        return _descent(sol, None)
+    operands = [others.pop(name, default) for name, default in _OPERANDS.items()]
+    checks = [others.pop(name, default) for name, default in _CHECKS.items()]
+    if unrolled:
+        opts = settings("gradient_descent", "gradient_descent", **others)
+        p = canonical("gradient_descent", A, b, *operands, opts, *checks)
+        return _unrolled(p, rule, MAXITER if maxiter is None else maxiter, opts, history)
     record = _Record(others.pop("callback", None))
-    sol = solve(
-        A, b, solver="gradient_descent", maxiter=maxiter, callback=record, **how, **others
-    )
-    path = record.close(sol, others.get("x0"))
-    return Descent(*(getattr(sol, name) for name in LEAVES), reason=sol.reason, history=path)
+    how |= {"maxiter": maxiter, "callback": record}
+    opts = settings("gradient_descent", "gradient_descent", **how, **others)
+    p = canonical("gradient_descent", A, b, *operands, opts, *checks)
+    x, info = solve_problem(p)
+    return _descent(solution(p.restore(x), p.restore_info(info), opts), record.close(p, x))
 
 
 gradient_descent.funclsq_name = "gradient_descent"  # type: ignore[attr-defined]
+
+_OPERANDS = {"damp": 0.0, "weights": None, "x0": None}
+_CHECKS = {"on_failure": "warn", "check_finite": True}
+
+
+def _descent(sol: Solution, history: History | None) -> Descent:
+    return Descent(*(getattr(sol, name) for name in LEAVES), reason=sol.reason, history=history)
 
 
 class _Record:
@@ -164,57 +176,96 @@ class _Record:
         if self.open:
             norms = (told["residual_norm"], told["normal_residual_norm"])
             self.states.append((told["x"].clone(), *(torch.from_numpy(t) for t in norms)))
-        if self.also is not None and self.open:
-            self.also(told)
+            if self.also is not None:
+                self.also(told)
 
-    def close(self, sol: Solution, x0: Tensor | None) -> History:
-        """Shape the record as the solution is shaped."""
+    def close(self, p: Problem, answer: Tensor) -> History:
+        """Shape the record as the solution is shaped; derivatives leave no trace in it."""
         states, self.states, self.open = self.states, [], False
-        x, rnorm, snorm = (torch.stack(t) for t in zip(*states))
-        shape, vector = sol.x.shape, sol.x.ndim == sol.status.ndim + 1 and sol.x.ndim == 1
-        if torch._C._functorch.is_functorch_wrapped_tensor(sol.x) or x[0].numel() != sol.x.numel():
+        if torch._C._functorch.is_functorch_wrapped_tensor(answer):
             raise ValueError(
-                "gradient_descent: history is not available inside a torch.func transform; pass "
+                "gradient_descent: history is not available inside a torch.func transform. Pass "
                 "unrolled=True, or take the history outside."
             )
-        if vector:
-            x, rnorm, snorm = x[..., 0], rnorm[..., 0], snorm[..., 0]
-        else:
-            count = len(shape) - 2
-            if count and x.ndim == 3:  # a batch of b alone was solved side by side
-                x = x.unflatten(-1, (-1, shape[-1])).movedim(-2, 1)
-            x = x.reshape(-1, *shape)
-            rnorm, snorm = (t.reshape(-1, *sol.status.shape).to(x.real.dtype) for t in (rnorm, snorm))
-        return History(x if x0 is None else x + x0.detach(), rnorm, snorm)
+        start = 0 if p.x0 is None else p.x0.detach()
+        path = []
+        for x, rnorm, snorm in states:
+            if answer.ndim > x.ndim:  # a batch of b alone is solved side by side
+                size = answer.shape[0]
+                x = x.unflatten(-1, (size, -1)).movedim(-2, 0)
+                rnorm, snorm = (t.unflatten(-1, (size, -1)) for t in (rnorm, snorm))
+            real = x.abs().dtype
+            path.append((start + x, rnorm.to(real), snorm.to(real)))
+        return _history(p, path)
 
 
-def _unrolled(
-    A: Any, b: Tensor, rule: Rule, maxiter: int, keep: bool, others: dict[str, Any]
-) -> Descent:
-    """Run exactly maxiter passes in differentiable operations."""
-    given = {name: others.pop(name, default) for name, default in _OPERANDS.items()}
-    opts = settings("gradient_descent", "gradient_descent", **others)
-    p = canonical(
-        "gradient_descent", A, b, given["damp"], given["weights"], given["x0"], opts, "ignore", True
+def _history(p: Problem, path: list[tuple[Tensor, Tensor, Tensor]]) -> History:
+    norms = (
+        torch.stack([p.restore_info(step[i].unsqueeze(-1)).squeeze(-1) for step in path])
+        for i in (1, 2)
     )
-    q, x = _quadratic(p)
+    return History(torch.stack([p.restore(step[0]) for step in path]), *norms)
+
+
+def _unrolled(p: Problem, rule: Rule, maxiter: int, opts: Any, keep: bool) -> Descent:
+    """Make exactly maxiter passes in differentiable operations."""
+    q, zero = _quadratic(p)
     with torch.no_grad(), fwAD._set_fwd_grad_enabled(False):
-        bound = spectral_bound(q, x[..., :1], _POWER_STEPS, adaptive=False)
-    kept: list[State] = []
-    for state in itertools.islice(descend(q, x, rule, 2 * bound), maxiter + 1):
-        kept = [*kept, state] if keep else [state]
-    path = [_measure(p, s) for s in kept]
-    x, r, s = path[-1]
+        bound = spectral_bound(q, zero[..., :1], _POWER_STEPS, adaptive=False)
     start = 0 if p.x0 is None else p.x0
-    info = _info(r, s, bound, q, maxiter, opts)
-    sol = Solution(p.restore(start + x), *(p.restore_info(t.unsqueeze(-1))[..., 0] for t in info))
-    full = None
-    if keep:
-        full = History(
-            torch.stack([p.restore(start + x) for x, _, _ in path]),
-            *(torch.stack([p.restore_info(t[i].unsqueeze(-1))[..., 0] for t in path]) for i in (1, 2)),
-        )
-    return Descent(*(getattr(sol, name) for name in LEAVES), reason="unrolled", history=full)
+    path: list[tuple[Tensor, Tensor, Tensor]] = []
+    for x, r, s in itertools.islice(descend(q, zero, rule, 2 * bound), maxiter + 1):
+        if p.w is not None:
+            r = r * p.w.sqrt().unsqueeze(-1)
+        norms = (torch.linalg.vector_norm(t.detach(), dim=-2) for t in (r, s))
+        path = [*(path if keep else ()), (start + x, *norms)]
+    x, rnorm, snorm = path[-1]
+    atol = dict(opts.given).get("atol") or 1e3 * torch.finfo(x.dtype).eps
+    good = snorm <= atol * bound.sqrt().squeeze(-2) * rnorm
+    status = torch.where(good, int(Status.NORMAL_RESIDUAL_SMALL), int(Status.MAXITER))
+    like = torch.zeros_like(rnorm)
+    columns = (status, like + maxiter, rnorm, snorm, like - 1, like + torch.nan, like)
+    info = torch.stack([*(t.to(like.dtype) for t in columns), like + int(Method.gradient_descent)])
+    sol = solution(p.restore(x), p.restore_info(info.movedim(0, -1)), opts)
+    return _descent(sol, _history(p, path) if keep else None)
 
 
-_OPERANDS = {"damp": 0.0, "weights": None, "x0": None}
+def _quadratic(p: Problem) -> tuple[Quadratic, Tensor]:
+    """The function of x - x0 in differentiable products, and its start 0."""
+    structure, params, w = p.plan.structure, p.params, p.w
+
+    def mv(x: Tensor) -> Tensor:
+        return matmul(structure, params, x)
+
+    def rmv(r: Tensor) -> Tensor:
+        return rmatmul(structure, params, r if w is None else w.unsqueeze(-1) * r)
+
+    c = p.b if p.x0 is None else p.b - mv(p.x0)
+
+    def part(x: Tensor, rows: Tensor) -> Tensor:
+        chosen = torch.zeros(c.shape[-2], dtype=c.dtype, device=c.device)
+        return rmv(chosen.index_fill(0, rows, 1).unsqueeze(-1) * (c - mv(x)))
+
+    batches = (t.shape[0] for t, d in zip(params, structure.param_ndims) if t.ndim > d)
+    others = (t.shape[0] for t, d in ((p.w, 1), (p.d2, 1), (c, 2)) if t is not None and t.ndim > d)
+    lead = tuple(itertools.islice(itertools.chain(batches, others), 1))
+    c = c.expand(*lead, *c.shape[-2:])
+    return Quadratic(mv, rmv, c, None, p.d2, part), c.new_zeros(
+        (*lead, structure.shape[1], c.shape[-1])
+    )
+
+
+def _flatten(s: Descent) -> tuple[list[Any], Any]:
+    leaves = [getattr(s, name) for name in LEAVES]
+    return (leaves if s.history is None else [*leaves, s.history]), s.reason
+
+
+def _unflatten(leaves: Any, reason: Any) -> Descent:
+    leaves = list(leaves)
+    history = leaves.pop() if len(leaves) > len(LEAVES) else None
+    return Descent(*leaves, reason=reason, history=history)
+
+
+torch.utils._pytree.register_pytree_node(
+    Descent, _flatten, _unflatten, serialized_type_name="funclsq.Descent"
+)

@@ -28,8 +28,9 @@ def _single_solve_op(
     gate: Tensor | None,
     plan: int,
     primary: bool,
+    need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return raw_solve(plan_of_handle(plan), (param,), w, d2, c, g, gate, primary)
+    return raw_solve(plan_of_handle(plan), (param,), w, d2, c, g, gate, primary, need_x)
 
 
 @torch.library.custom_op("funclsq::solve_params", mutates_args=())
@@ -42,11 +43,12 @@ def _listed_solve_op(
     gate: Tensor | None,
     plan: int,
     primary: bool,
+    need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return raw_solve(plan_of_handle(plan), tuple(params), w, d2, c, g, gate, primary)
+    return raw_solve(plan_of_handle(plan), tuple(params), w, d2, c, g, gate, primary, need_x)
 
 
-def _fake_solve(params, w, d2, c, g, gate, plan, primary):
+def _fake_solve(params, w, d2, c, g, gate, plan, primary, need_x):
     structure = plan_of_handle(plan).structure
     m, n = structure.shape
     some = c if c is not None else g
@@ -66,7 +68,11 @@ _single_solve_op.register_fake(lambda param, *rest: _fake_solve((param,), *rest)
 
 
 def solve_op(params, *rest):
-    """Run the operator; one tensor is passed bare, since autograd's own vmap takes no lists."""
+    """S(A, w, d2; c, g) on (w, d2, c, g, gate, plan handle, primary, need_x), not differentiable.
+
+    With need_x false and c absent, only A x is promised. One tensor is passed
+    bare, since autograd's own vmap takes no lists.
+    """
     if len(params) == 1:
         return _single_solve_op(params[0], *rest)
     return _listed_solve_op(list(params), *rest)
@@ -103,24 +109,24 @@ def _(U, V, pattern):
     return U.new_empty([*lead, pattern_of_handle(pattern).nnz])
 
 
-def _vmap_solve_op(size, dims, tensors, plan, primary):
+def _vmap_solve_op(size, dims, tensors, plan, primary, need_x):
     def call(w, d2, c, g, gate, *params):
-        return solve_op(params, w, d2, c, g, gate, plan, primary)
+        return solve_op(params, w, d2, c, g, gate, plan, primary, need_x)
 
     structure = plan_of_handle(plan).structure
     return vmap_solve(size, dims, structure.param_ndims, tensors, call), (0, 0, 0)
 
 
 @_single_solve_op.register_vmap
-def _(info, in_dims, param, w, d2, c, g, gate, plan, primary):
+def _(info, in_dims, param, w, d2, c, g, gate, plan, primary, need_x):
     dims, tensors = (*in_dims[1:6], in_dims[0]), (w, d2, c, g, gate, param)
-    return _vmap_solve_op(info.batch_size, dims, tensors, plan, primary)
+    return _vmap_solve_op(info.batch_size, dims, tensors, plan, primary, need_x)
 
 
 @_listed_solve_op.register_vmap
-def _(info, in_dims, params, w, d2, c, g, gate, plan, primary):
+def _(info, in_dims, params, w, d2, c, g, gate, plan, primary, need_x):
     dims, tensors = (*in_dims[1:6], *in_dims[0]), (w, d2, c, g, gate, *params)
-    return _vmap_solve_op(info.batch_size, dims, tensors, plan, primary)
+    return _vmap_solve_op(info.batch_size, dims, tensors, plan, primary, need_x)
 
 
 @spmm_op.register_vmap

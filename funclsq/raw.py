@@ -202,17 +202,19 @@ def raw_solve(
     g: Tensor | None,
     gate: Tensor | None = None,
     norms: bool = True,
+    need_x: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x = G^+ (A^H W c + g), ax = A x and the info table; shapes as in ``derivatives``.
 
     ``norms`` marks the solve that a user asked for: input is checked, residual norms are
-    computed, and failure is reported; derivative solves skip what they do not need.
+    computed, and failure is reported; derivative solves skip what they do not need. With
+    ``need_x`` false and c absent only ax is wanted, and x may be left zero.
     """
     with torch.no_grad():
-        return _raw_solve(plan, params, w, d2, c, g, gate, norms)
+        return _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x)
 
 
-def _raw_solve(plan, params, w, d2, c, g, gate, norms):
+def _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x):
     global _made
     m, n = plan.structure.shape
     some = c if c is not None else g
@@ -239,9 +241,16 @@ def _raw_solve(plan, params, w, d2, c, g, gate, norms):
         return _skipped(some, lead, m, n, k, real)
     _made += 1
     weighted = c if c is None or w is None else c * w.sqrt().unsqueeze(-1)
-    result = entry.prepared.solve(weighted, g)
-    x = result.x
-    ax = entry.op.mv(x)
+    adjoint = getattr(entry.prepared, "adjoint", None)
+    if not need_x and c is None and w is None and adjoint is not None:
+        result = adjoint(g)  # one Krylov run gives A G^+ g, a second one would give G^+ g
+        ax = result.x
+        x = some.new_zeros((*ax.shape[:-2], n, ax.shape[-1]))
+        result = result._replace(x=x)
+    else:
+        result = entry.prepared.solve(weighted, g)
+        x = result.x
+        ax = entry.op.mv(x)
     info = _info(entry, result, w, d2, c, g, ax, norms, real)
     if norms or plan.on_failure == "raise":
         _report(plan, info)

@@ -7,6 +7,7 @@ Concurrent runs were seen to give wrong solutions: every call takes one lock.
 from __future__ import annotations
 
 import threading
+import weakref
 
 import numpy as np
 import scipy.sparse
@@ -22,7 +23,7 @@ DTYPES = frozenset({"float64"})
 _POSITIVE_DEFINITE = 2  # PARDISO's code for the matrix type
 _PERM, _ORDERING = 5, 2  # its settings, numbered from 1
 _ANALYSE_FACTOR, _SOLVE, _FREE = 12, 33, -1  # its phases
-_lock = threading.Lock()
+_lock = threading.RLock()  # a collected factor may be freed while another is at work
 
 PyPardisoSolver()  # an ImportError here if MKL is not found
 
@@ -65,6 +66,7 @@ class _Factor:
     def __init__(self, solver: PyPardisoSolver, matrix: scipy.sparse.csr_matrix) -> None:
         self._solver, self._matrix = solver, matrix
         self.nbytes = int(solver.iparm[17]) * 8  # entries of the factor
+        weakref.finalize(self, _free, solver, matrix)
 
     def solve(self, rhs: np.ndarray) -> np.ndarray:
         """Solve for a block of columns."""
@@ -76,14 +78,11 @@ class _Factor:
         """Always: PARDISO stops at a pivot that is not positive."""
         return True
 
-    def __del__(self) -> None:
-        with _lock:
-            _free(self._solver, self._matrix)
-
 
 def _free(solver: PyPardisoSolver, matrix: scipy.sparse.csr_matrix) -> None:
-    solver.set_phase(_FREE)
-    solver._call_pardiso(matrix, np.zeros((matrix.shape[0], 1)))
+    with _lock:
+        solver.set_phase(_FREE)
+        solver._call_pardiso(matrix, np.zeros((matrix.shape[0], 1)))
 
 
 def analyze(indptr: np.ndarray, indices: np.ndarray) -> _Symbolic:

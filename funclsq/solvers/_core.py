@@ -8,8 +8,6 @@ the rank tolerance are the null space.
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch import Tensor
 
@@ -49,7 +47,6 @@ class Core:
         self.normal = Normal(B, backend, 0.0 if equivariant else rcond)
         self.small: Small | None = None
         self.null: Tensor | None = None  # orthonormal null vectors of B itself, zero-padded
-        self._lock = threading.Lock()
         columns = self.normal.n - self.normal.zero.sum(-1)
         self.rank = columns
         self.top = largest(self.normal)

@@ -30,19 +30,7 @@ from torch import Tensor
 
 from funclsq.solvers._protocol import Options
 
-__all__ = [
-    "MAXITER",
-    "PreparedDescent",
-    "Quadratic",
-    "Rule",
-    "descend",
-    "prepare",
-    "spectral_bound",
-]
-
-MAXITER = 10_000
-_PATIENCE = 50  # steps without progress, at the rounding level, that end the iteration
-_POWER_STEPS = 200
+__all__ = ["Quadratic", "Rule", "State", "descend", "spectral_bound"]
 
 
 @dataclasses.dataclass(frozen=True)

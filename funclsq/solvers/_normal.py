@@ -7,7 +7,6 @@ N^-1, corrected on the few directions that the shift spoils where they are known
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -66,7 +65,6 @@ class Normal:
         self.shift = 0.0
         self.eps = float(torch.finfo(norms.dtype).eps)
         self._name = backend
-        self._lock = threading.Lock()
         self._form()
 
     # Forming and factoring
