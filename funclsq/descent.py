@@ -141,28 +141,33 @@ def gradient_descent(
     if not (history or unrolled):
         sol = solve(A, b, solver="gradient_descent", maxiter=maxiter, **how, **others)
         return _descent(sol, None)
-    operands = [others.pop(name, default) for name, default in _OPERANDS.items()]
-    checks = [others.pop(name, default) for name, default in _CHECKS.items()]
+    operands = {name: others.pop(name, default) for name, default in _OPERANDS.items()}
     if unrolled:
         opts = settings("gradient_descent", "gradient_descent", **others)
-        p = canonical("gradient_descent", A, b, *operands, opts, *checks)
+        p = canonical("gradient_descent", A, b, options=opts, **operands)
         return _unrolled(p, rule, MAXITER if maxiter is None else maxiter, opts, history)
     record = _Record(others.pop("callback", None))
     how |= {"maxiter": maxiter, "callback": record}
     opts = settings("gradient_descent", "gradient_descent", **how, **others)
-    p = canonical("gradient_descent", A, b, *operands, opts, *checks)
+    p = canonical("gradient_descent", A, b, options=opts, **operands)
     x, info = solve_problem(p)
     return _descent(solution(p.restore(x), p.restore_info(info), opts), record.close(p, x))
 
 
 gradient_descent.funclsq_name = "gradient_descent"  # type: ignore[attr-defined]
 
-_OPERANDS = {"damp": 0.0, "weights": None, "x0": None}
-_CHECKS = {"on_failure": "warn", "check_finite": True}
+_OPERANDS: dict[str, Any] = {
+    "damp": 0.0,
+    "weights": None,
+    "x0": None,
+    "on_failure": "warn",
+    "check_finite": True,
+}
 
 
 def _descent(sol: Solution, history: History | None) -> Descent:
-    return Descent(*(getattr(sol, name) for name in LEAVES), reason=sol.reason, history=history)
+    leaves = {name: getattr(sol, name) for name in LEAVES}
+    return Descent(**leaves, reason=sol.reason, history=history)
 
 
 class _Record:
@@ -263,7 +268,7 @@ def _flatten(s: Descent) -> tuple[list[Any], Any]:
 def _unflatten(leaves: Any, reason: Any) -> Descent:
     leaves = list(leaves)
     history = leaves.pop() if len(leaves) > len(LEAVES) else None
-    return Descent(*leaves, reason=reason, history=history)
+    return Descent(**dict(zip(LEAVES, leaves)), reason=reason, history=history)
 
 
 torch.utils._pytree.register_pytree_node(

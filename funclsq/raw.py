@@ -30,6 +30,7 @@ from funclsq.solvers._protocol import Options, Prepared
 __all__ = ["Plan", "clear_cache", "raw_solve", "solver_calls"]
 
 INFO = 8  # status, iterations, residual, normal residual, rank, cond, deficient, method
+_PLANS = 32
 _CACHE_ENTRIES = 16
 _CACHE_BYTES = 2 << 30
 
@@ -84,7 +85,7 @@ class Plan:
                 plan = cls(*args)
                 _plans[args] = plan
                 _by_handle[plan.handle] = plan
-                while len(_plans) > 256:
+                while len(_plans) > _PLANS:
                     _plans.popitem(last=False)
             else:
                 _plans.move_to_end(args)

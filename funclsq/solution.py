@@ -166,7 +166,9 @@ def describe(status, iterations, residual_norm, normal_residual_norm) -> str:
     worst = failed[0] if failed else 0
     code = Status(codes[worst])
     text = f"{code.name}: {code.advice}"
-    if len(codes) > 1:
+    if len(codes) > 1 and not failed:
+        text = f"all {len(codes)} solves converged; member 0: {text}"
+    elif len(codes) > 1:
         text = f"{len(failed)} of {len(codes)} solves failed; member {worst}: {text}"
     return (
         f"{text} (iterations {int(iterations.reshape(-1)[worst])}, "

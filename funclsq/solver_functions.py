@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from funclsq.descent import gradient_descent
 from funclsq.lstsq import solve
 from funclsq.solution import Solution
 
-__all__ = ["cgls", "cholesky", "lsmr", "lsqr", "qr", "svd"]
+__all__ = ["cgls", "cholesky", "gradient_descent", "lsmr", "lsqr", "qr", "svd"]
 
 
 def lsmr(A: Any, b: Tensor, **settings: Any) -> Solution:

@@ -22,7 +22,7 @@ __all__ = ["assemble", "is_sparse", "pattern_and_values"]
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _BLOCKED = (torch.sparse_bsr, torch.sparse_bsc)
 _BY_ROW = (torch.sparse_csr, torch.sparse_bsr)
-_recent: collections.deque[SparsityPattern] = collections.deque(maxlen=32)
+_recent: collections.deque[SparsityPattern] = collections.deque(maxlen=16)
 _lock = threading.Lock()
 
 

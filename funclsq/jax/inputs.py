@@ -57,11 +57,17 @@ def canonical(
         raise ValueError(
             f"{name}: on_failure must be 'warn', 'raise' or 'ignore'; got {on_failure!r}."
         )
-    structure, params, aux, kept, a_lead = matrix(A, name)
-    dtype = params[0].dtype if structure.entries else None
-    b = array(b, "b", name, dtype)
-    dtype = dtype or b.dtype
-    _same(b, dtype, "b", name)
+    if hasattr(A, "funclsq_structure"):  # LinearOperator, which sits on a higher floor
+        b = array(b, "b", name)
+        _inexact(b, "b", name)
+        dtype, kept, a_lead = b.dtype, None, ()
+        structure, params, aux = A.funclsq_structure(dtype)
+        _lsmr_only(options, compute_dtype, name)
+    else:
+        structure, params, aux, kept, a_lead = matrix(A, name)
+        dtype = params[0].dtype
+        b = array(b, "b", name, dtype)
+        _same(b, dtype, "b", name)
     m, n = structure.shape
     vector = b.ndim == 1
     if b.ndim == 0 or b.shape[0 if vector else -2] != m:
@@ -105,9 +111,6 @@ def canonical(
 
 def matrix(A: Any, name: str) -> tuple[Any, tuple[Any, ...], tuple[Any, ...], Any, tuple[int, ...]]:
     """Split A into (structure, params, index operands, entries kept, batch shape)."""
-    if hasattr(A, "funclsq_structure"):  # flj.LinearOperator, which sits on a higher floor
-        structure, params = A.funclsq_structure()
-        return structure, params, (), None, ()
     if scipy.sparse.issparse(A):
         A = Sparse.from_scipy(A)
     elif isinstance(A, torch.Tensor):
@@ -133,6 +136,25 @@ def matrix(A: Any, name: str) -> tuple[Any, tuple[Any, ...], tuple[Any, ...], An
             "dimension with A[:, None] or A[None]."
         )
     return Dense(A.shape[-2:]), (A,), (), None, A.shape[:-2]
+
+
+def _lsmr_only(options, compute_dtype, name):
+    """Refuse settings that mean nothing for the LSMR that solves with a LinearOperator."""
+    plain = Options()
+    own = ("solver", "rank", "atol", "btol", "conlim", "maxiter", "rcond", "scale")
+    other = [
+        f.name
+        for f in dataclasses.fields(Options)
+        if f.name not in own and getattr(options, f.name) != getattr(plain, f.name)
+    ]
+    if options.solver not in ("auto", "lsmr"):
+        raise ValueError(
+            f"{name}: a LinearOperator is solved by LSMR in JAX: solver must be 'auto' or 'lsmr'; "
+            f"got {options.solver!r}. For other solvers pass a matrix."
+        )
+    if other or compute_dtype is not None:
+        setting = other[0] if other else "compute_dtype"
+        raise ValueError(f"{name}: {setting} is not supported for a LinearOperator; leave it out.")
 
 
 def _bcoo(A, name):

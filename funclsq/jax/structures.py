@@ -41,7 +41,6 @@ class Bilinear:
     """A structure whose entries are its parameter: A_dot v is the product with A_dot's entries."""
 
     solves_in_jax = False
-    entries = True
 
     def mv_dot(self, params, params_dot, aux, v):
         """A_dot v."""

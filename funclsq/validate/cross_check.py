@@ -13,7 +13,7 @@ from funclsq.validate.candidates import Candidate, default_candidates
 from funclsq.validate.closed_form import evaluate
 from funclsq.validate.intake import as_problem
 from funclsq.validate.maps_dense import DenseMaps
-from funclsq.validate.maps_sparse import sparse_maps
+from funclsq.validate.maps_sparse import SparseMaps
 from funclsq.validate.oracle_differences import Estimate, differences
 from funclsq.validate.oracle_mpmath import MP_LIMIT, in_50_digits
 from funclsq.validate.oracles_dense import autodiff
@@ -140,7 +140,7 @@ def cross_check(
 
 
 def _sensitivity(problem: Problem, d: Directions, rng: np.random.Generator) -> Sensitivity:
-    maps = DenseMaps if problem.small else sparse_maps
+    maps = DenseMaps if problem.small else SparseMaps()
     cond = condition(problem)
     size = perturbation(cond)
 

@@ -21,19 +21,49 @@ from scipy.sparse.linalg import lsmr, splu
 
 from funclsq.validate.problem import Problem
 
-__all__ = ["FactoredMaps", "KrylovMaps", "sparse_maps"]
+__all__ = ["FactoredMaps", "KrylovMaps", "SparseMaps"]
 
-_SWEEPS = 30
+_SWEEPS = 60
 _EPS = np.finfo(float).eps
 
 
-def sparse_maps(problem: Problem) -> FactoredMaps | KrylovMaps:
-    """Return the maps of a large problem, by factorisation where A has full column rank."""
-    return FactoredMaps(problem) if problem.full_column_rank else KrylovMaps(problem)
+class SparseMaps:
+    """Makes the maps of large problems that lie close together, from one factorisation.
+
+    ``SparseMaps()(problem)`` returns :class:`FactoredMaps` where A has full column rank, or
+    damping, and :class:`KrylovMaps` otherwise. The factor of one problem refines the solutions
+    of the next; a new one is made only where that does not converge.
+    """
+
+    def __init__(self) -> None:
+        self._factor: Any = None
+
+    def __call__(self, problem: Problem) -> FactoredMaps | KrylovMaps:
+        """Return the maps of this problem."""
+        if not problem.full_column_rank:
+            return KrylovMaps(problem)
+        if self._factor is not None:
+            maps = FactoredMaps(problem, self._factor)
+            try:
+                maps.T(np.ones((problem.shape[0], 1)))
+            except ArithmeticError:
+                self._factor = None
+            else:
+                return maps
+        maps = FactoredMaps(problem)
+        self._factor = maps.factor
+        return maps
 
 
 class FactoredMaps:
     """The maps by refinement of the augmented system; A of full column rank, or damped.
+
+    Parameters
+    ----------
+    problem : Problem
+        With weights that are the same for all columns.
+    factor : optional
+        The ``factor`` of the maps of a problem close by, in place of its own.
 
     Raises
     ------
@@ -41,19 +71,11 @@ class FactoredMaps:
         If the refinement does not converge: cond(A) is above about 1e7.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, factor: Any = None) -> None:
         self.A = problem.scattered(problem.inputs["A"])
         self._root, d2 = np.sqrt(problem.weights()), problem.damping() ** 2
         B = (scipy.sparse.diags_array(self._root[:, 0]) @ self.A).tocsr()
-        normal = (B.conj().T @ B + scipy.sparse.diags_array(d2)).tocsc()
-        self._scale = 1 / np.sqrt(np.maximum(normal.diagonal().real, np.finfo(float).tiny))
-        scale = scipy.sparse.diags_array(self._scale)
-        self._lu = splu(
-            (scale @ normal @ scale).tocsc(),
-            permc_spec="MMD_AT_PLUS_A",
-            diag_pivot_thresh=0.0,
-            options={"SymmetricMode": True},
-        )
+        self.factor = factor or _factor(B, d2)
         long = np.clongdouble if np.iscomplexobj(B) else np.longdouble
         self._B, self._Bh = B.astype(long), B.conj().T.tocsr().astype(long)
         self._d2 = d2[:, None].astype(np.longdouble)
@@ -98,11 +120,25 @@ class FactoredMaps:
         )
 
     def _normal_solve(self, rhs: np.ndarray) -> np.ndarray:
-        scale = self._scale[:, None]
-        return scale * self._lu.solve(scale * self._rounded(rhs))
+        lu, scale = self.factor
+        return scale * lu.solve(scale * self._rounded(rhs))
 
     def _rounded(self, a: np.ndarray) -> np.ndarray:
         return a.astype(np.complex128 if np.iscomplexobj(a) else np.float64)
+
+
+def _factor(B: Any, d2: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Return SuperLU's factor of S (B^H B + D^2) S and the scaling S, shape (n, 1)."""
+    normal = (B.conj().T @ B + scipy.sparse.diags_array(d2)).tocsc()
+    scale = 1 / np.sqrt(np.maximum(normal.diagonal().real, np.finfo(float).tiny))
+    S = scipy.sparse.diags_array(scale)
+    lu = splu(
+        (S @ normal @ S).tocsc(),
+        permc_spec="MMD_AT_PLUS_A",
+        diag_pivot_thresh=0.0,
+        options={"SymmetricMode": True},
+    )
+    return lu, scale[:, None]
 
 
 class KrylovMaps:

@@ -19,7 +19,7 @@ import numpy as np
 import scipy.linalg
 from scipy.differentiate import derivative
 
-from funclsq.validate.maps_sparse import sparse_maps
+from funclsq.validate.maps_sparse import SparseMaps
 from funclsq.validate.problem import Arrays, Problem, stacked_svd
 from funclsq.validate.tangents import Directions
 
@@ -114,7 +114,8 @@ class _Lines:
 
     def __init__(self, problem: Problem, cotangent: np.ndarray) -> None:
         self.problem, self.cotangent = problem, cotangent
-        self._here = [(s, _solver(p)) for s, p in problem.column_problems()]
+        self._large = SparseMaps()
+        self._here = [(s, _solver(p, self._large)) for s, p in problem.column_problems()]
         self.size = {
             k: float(np.sqrt(np.mean(np.abs(a) ** 2))) or 1.0 if a.size else 1.0
             for k, a in problem.inputs.items()
@@ -130,7 +131,7 @@ class _Lines:
         """Return x at a distance t from the start."""
         problem = (start or self.problem).moved(along, t)
         moved = start is not None or any(k in along for k in ("A", "damp", "weights"))
-        solvers = [(s, _solver(p)) for s, p in problem.column_problems()] if moved else self._here
+        solvers = [(s, _solver(p, self._large)) for s, p in problem.column_problems()] if moved else self._here
         m, n = problem.shape
         b, A = problem.inputs["b"].reshape(m, -1), problem.matrix
         A = problem.scattered(problem.inputs["A"]) if A is None else A
@@ -220,12 +221,12 @@ def _derivative(f: Callable[[float], np.ndarray], reach: float, tolerance: float
     return value.view(here.dtype).reshape(here.shape), total
 
 
-def _solver(part: Problem) -> Callable[[np.ndarray], np.ndarray]:
+def _solver(part: Problem, large: SparseMaps) -> Callable[[np.ndarray], np.ndarray]:
     """Return c -> x - x0 for one matrix."""
     m, n = part.shape
     w, damp = part.weights(), part.damping()
     if not part.small:
-        return sparse_maps(part).T
+        return large(part).T
     A = part.toarray()
     if part.full_column_rank and (w <= 0).any():
         K = np.block([[np.eye(m), A], [(w * A).conj().T, -np.diag(damp**2)]])
