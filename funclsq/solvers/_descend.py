@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -92,7 +92,7 @@ class Rule:
         return cls(**{name: value for name, value in given.items() if value is not None})
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -160,7 +160,7 @@ def descend(q: Quadratic, x: Tensor, rule: Rule, lipschitz: Tensor) -> Iterator[
             square, curvature = (s.abs() ** 2).sum(-2, keepdim=True), q.curvature(s)
             x = x + s * (square / torch.where(curvature > 0, curvature, 1))
             continue
-        t = rule.step(k) if callable(rule.step) else rule.step
+        t: Any = rule.step(k) if callable(rule.step) else rule.step
         if t == "1/L":
             t = 1 / lipschitz
         if rule.batch_size is not None:
@@ -191,10 +191,11 @@ def spectral_bound(q: Quadratic, like: Tensor, steps: int, adaptive: bool = True
     u = torch.from_numpy(v).to(dtype=like.dtype, device=like.device)
     u = u / torch.linalg.vector_norm(u).clamp_min(torch.finfo(like.dtype).tiny)
     u = u.expand(*like.shape[:-2], *u.shape)
-    size = None
+    size: Any = None
     for k in range(steps):
         u = q.rmv(q.mv(u)) if q.d2 is None else q.rmv(q.mv(u)) + q.d2.unsqueeze(-1) * u
-        last, size = size, torch.linalg.vector_norm(u, dim=-2, keepdim=True)
+        last: Any = size
+        size = torch.linalg.vector_norm(u, dim=-2, keepdim=True)
         u = u / torch.where(size > 0, size, 1)
         if adaptive and k > 10 and bool(((size - last).abs() <= 1e-5 * size).all()):
             break

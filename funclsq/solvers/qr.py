@@ -87,12 +87,13 @@ def prepare(
         return of_matrix(B, options, int(Method.qr))
     wide = m < n
     Q, R = torch.linalg.qr(B.mH if wide else B)
+    rcond = default_rcond(m, n, B.dtype) if options.rcond is None else options.rcond
     norms = torch.linalg.vector_norm(R, dim=-2, keepdim=True)
-    scaled = R / torch.where(norms > 0, norms, 1)
+    floor = 0 if options.scale is True else rcond * norms.amax(-1, keepdim=True)
+    scaled = torch.where(norms > floor, R / torch.where(norms > 0, norms, 1), 0)
     eye = torch.eye(q, dtype=R.dtype, device=R.device).expand_as(R)
     inverse = torch.linalg.solve_triangular(scaled, eye, upper=True)
     cond = torch.linalg.matrix_norm(scaled) * torch.linalg.matrix_norm(inverse)
-    rcond = default_rcond(m, n, B.dtype) if options.rcond is None else options.rcond
     asked = options.rank if isinstance(options.rank, int) else q
     if asked >= q and bool((cond * rcond < 1).all()):
         return PreparedQR(Q, R, wide, m, cond)

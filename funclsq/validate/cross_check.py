@@ -19,8 +19,9 @@ from funclsq.validate.oracle_mpmath import MP_LIMIT, in_50_digits
 from funclsq.validate.oracles_dense import autodiff
 from funclsq.validate.problem import Arrays, Problem
 from funclsq.validate.report import Report, Row
+from funclsq.validate.spectrum import extremes
 from funclsq.validate.tangents import Directions, directions
-from funclsq.validate.tolerances import Sensitivity, condition, floors, perturbation
+from funclsq.validate.tolerances import Sensitivity, floors, perturbation
 
 __all__ = ["ORACLES", "cross_check"]
 
@@ -141,7 +142,8 @@ def cross_check(
 
 def _sensitivity(problem: Problem, d: Directions, rng: np.random.Generator) -> Sensitivity:
     maps = DenseMaps if problem.small else SparseMaps()
-    cond = condition(problem)
+    largest, smallest = extremes(problem, maps)
+    cond = largest / smallest
     size = perturbation(cond)
 
     def answers(p: Problem) -> Arrays:
@@ -273,6 +275,8 @@ def _explain(
             notes.append(
                 f"differences: {', '.join(pairs)} along random directions only, not entry by entry."
             )
+        if "hvp A" not in pairs:
+            notes.append("differences: hvp is the difference of the closed form's gradient.")
     if not problem.full_column_rank:
         notes.append(
             "A has no full column rank: hvp A (r/r) and (r/f) are compared along directions that "

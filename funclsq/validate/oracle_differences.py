@@ -6,12 +6,14 @@ differentiated by :func:`scipy.differentiate.derivative` (8th order, steps reduc
 error estimate is met), which gives the jvp as it stands. A gradient is checked by its products
 with directions, ``Re <x_bar, x_dot>``: every unit vector for a small problem, a few random
 directions otherwise. A Hessian-vector product is checked by its products with directions too,
-as a derivative of a derivative.
+as a derivative of a derivative; of larger problems it is the derivative of the closed form's
+gradient, which the differences of x have checked.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +21,11 @@ import numpy as np
 import scipy.linalg
 from scipy.differentiate import derivative
 
+from funclsq.validate.closed_form import gradient
+from funclsq.validate.maps_dense import DenseMaps
 from funclsq.validate.maps_sparse import SparseMaps
 from funclsq.validate.problem import Arrays, Problem, stacked_svd
+from funclsq.validate.spectrum import extremes, norm_estimate
 from funclsq.validate.tangents import Directions
 
 __all__ = ["Estimate", "differences"]
@@ -91,6 +96,23 @@ def differences(
         slopes, error = line.mixed(d.tangents, tried)
         for (key, probe), slope in zip(probes[0].tangents.items(), slopes, strict=True):
             out[f"hvp {key}"] = Estimate(slope[None], error, probe[None])
+    else:
+        out.update(_of_gradient(line, d))
+    return out
+
+
+def _of_gradient(line: _Lines, d: Directions) -> dict[str, Estimate]:
+    """Return the derivative of the closed form's gradient along the tangents."""
+    make_maps = DenseMaps if line.problem.small else SparseMaps()
+
+    @functools.cache
+    def at(t: float) -> Arrays:
+        return gradient(line.problem.moved(d.tangents, t), d.cotangent, make_maps)
+
+    out, reach = {}, line.reach(d.tangents)
+    for key in line.problem.inputs:
+        value, error = _derivative(lambda t, key=key: at(t)[f"vjp {key}"], reach, 1e-10)
+        out[f"hvp {key}"] = Estimate(value, error)
     return out
 
 
@@ -120,7 +142,7 @@ class _Lines:
             k: float(np.sqrt(np.mean(np.abs(a) ** 2))) or 1.0 if a.size else 1.0
             for k, a in problem.inputs.items()
         }
-        self._slack = _smallest(problem)
+        self._slack = extremes(problem, self._large)[1]
 
     def stuck(self, key: str) -> bool:
         """Whether some entries of this input must not leave 0."""
@@ -142,7 +164,7 @@ class _Lines:
 
     def derivative(self, along: Arrays) -> tuple[np.ndarray, float]:
         """Return dx/dt at t = 0 and the norm of its estimated error."""
-        return _derivative(lambda t: self.x(along, t), self._reach(along), 1e-12)
+        return _derivative(lambda t: self.x(along, t), self.reach(along), 1e-12)
 
     def slopes(self, lines: list[Arrays], start: Problem | None = None) -> tuple[Any, float]:
         """Return d/dt of Re <x_bar, x> at t = 0 along each line, and the norm of the errors."""
@@ -150,7 +172,7 @@ class _Lines:
         def products(t: float) -> np.ndarray:
             return np.array([_product(self.cotangent, self.x(along, t, start)) for along in lines])
 
-        return _derivative(products, min(self._reach(along) for along in lines), 1e-12)
+        return _derivative(products, min(self.reach(along) for along in lines), 1e-12)
 
     def mixed(self, first: Arrays, second: list[Arrays]) -> tuple[np.ndarray, float]:
         """Return d/dt d/ds of Re <x_bar, x> along t first + s second, for each second line."""
@@ -158,15 +180,19 @@ class _Lines:
         def slopes(t: float) -> np.ndarray:
             return self.slopes(second, _on_rank(self.problem.moved(first, t)))[0]
 
-        return _derivative(slopes, self._reach(first), 1e-9)
+        return _derivative(slopes, self.reach(first), 1e-9)
 
-    def _reach(self, along: Arrays) -> float:
+    def _weighted_norm(self, values: np.ndarray) -> float:
+        """Return the norm of W^(1/2) times the matrix with these entries, of the largest W."""
+        w, A = self.problem.weights().max(axis=1, initial=0)[:, None], self.problem.scattered(values)
+        return norm_estimate(lambda v: A.conj().T @ (w * (A @ v)), A.shape[1]) ** 0.5
+
+    def reach(self, along: Arrays) -> float:
         """Return a step that stays well inside the region where x is smooth."""
         rate, problem = 1e-3, self.problem
         for key, a in along.items():
             if key == "A":
-                moved = np.sqrt(problem.weights().max(initial=0)) * np.linalg.norm(a)
-                rate += moved / self._slack
+                rate += self._weighted_norm(a) / self._slack
             elif key == "damp":
                 rate += float(np.abs(a).max(initial=0)) / self._slack
             elif key == "weights":
@@ -248,15 +274,6 @@ def _on_rank(problem: Problem) -> Problem:
     _, part = problem.column_problems()[0]
     v = stacked_svd(part)[2][: problem.rank].conj().T
     return dataclasses.replace(problem, matrix=(problem.toarray() @ v) @ v.conj().T)
-
-
-def _smallest(problem: Problem) -> float:
-    """Return the smallest nonzero singular value of [W^(1/2) A; D] (a guess, for a large A)."""
-    if not problem.rank:
-        return 1.0
-    if not problem.small:
-        return 0.1 * float(np.linalg.norm(problem.inputs["A"])) / np.sqrt(problem.rank)
-    return min(float(stacked_svd(p)[1][problem.rank - 1]) for _, p in problem.column_problems())
 
 
 def _product(a: np.ndarray, b: np.ndarray) -> float:

@@ -17,7 +17,7 @@ from funclsq.validate.oracle_differences import Estimate
 from funclsq.validate.problem import Arrays, Problem, stacked_svd
 from funclsq.validate.tangents import Directions
 
-__all__ = ["CAP", "Allowance", "Sensitivity", "condition"]
+__all__ = ["CAP", "Allowance", "Sensitivity", "floors", "perturbation"]
 
 CAP = 5e-3  # a tolerance above this could not see a factor of 1.01
 _OWN = 10  # times an oracle's error estimate
@@ -90,19 +90,6 @@ class Sensitivity:
 def perturbation(cond: float) -> float:
     """Return a size of perturbations that the answers follow linearly."""
     return max(min(1e-8, 1e-3 / cond), np.finfo(float).eps)
-
-
-def condition(problem: Problem) -> float:
-    """Return the condition number of [W^(1/2) A; D] on its rank (1e3 for a large A, a guess)."""
-    if not problem.rank:
-        return 1.0
-    if not problem.small:
-        return 1e3
-    worst = 1.0
-    for _, part in problem.column_problems():
-        s = stacked_svd(part)[1]
-        worst = max(worst, float(s[0] / s[problem.rank - 1]))
-    return worst
 
 
 def floors(problem: Problem, d: Directions, base: Arrays, cond: float) -> dict[str, float]:
