@@ -1,8 +1,25 @@
-"""funclsq inside JAX: the same least squares in jit, grad, vmap, scan. Changes no configuration."""
+"""funclsq inside JAX: the same least squares in jit, grad, vmap, scan. Changes no configuration.
+
+``funclsq.jax.lineax`` (import it by name) holds the operator and the solvers for lineax.
+"""
 
 from funclsq.jax.convert import from_torch, to_torch
 from funclsq.jax.linear_operator import LinearOperator
 from funclsq.jax.lstsq import lstsq, solve
 from funclsq.jax.sparse import Sparse
 
-__all__ = ["LinearOperator", "Sparse", "from_torch", "lstsq", "solve", "to_torch"]
+try:
+    from funclsq.jax.modules import LeastSquares, SparseLinear
+except ImportError:  # equinox is optional
+    from funclsq.jax.missing import LeastSquares, SparseLinear
+
+__all__ = [
+    "LeastSquares",
+    "LinearOperator",
+    "Sparse",
+    "SparseLinear",
+    "from_torch",
+    "lstsq",
+    "solve",
+    "to_torch",
+]

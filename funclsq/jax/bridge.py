@@ -42,8 +42,9 @@ Host = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
 
 SMALL = 1 << 20  # operands below this many bytes in all run on one torch thread
 
-_running = 0
-_idle = threading.Condition()
+_lock = threading.Lock()
+_begun = 0  # host calls made or lowered
+_running = 0  # host calls that have not returned
 _announced = False
 
 
@@ -73,6 +74,8 @@ def host_call(
     tuple of array
         The outputs.
     """
+    global _begun
+    _begun += 1
     results = tuple(results)
     if how == "buffer_callback":
         call = buffer_callback(functools.partial(_on_buffers, host), results)
@@ -101,8 +104,9 @@ def _run(host: Host, targets: list[Tensor], views: list[Tensor]) -> None:
 
     Waking more threads costs more than they save there; the setting is this thread's own.
     """
-    global _running
-    with _idle:
+    global _begun, _running
+    with _lock:
+        _begun += 1
         _running += 1
     threads = torch.get_num_threads()
     alone = threads > 1 and sum(t.nbytes for t in views) + sum(t.nbytes for t in targets) < SMALL
@@ -113,9 +117,8 @@ def _run(host: Host, targets: list[Tensor], views: list[Tensor]) -> None:
     finally:
         if alone:
             torch.set_num_threads(threads)
-        with _idle:
+        with _lock:
             _running -= 1
-            _idle.notify_all()
 
 
 def _announce() -> None:
@@ -132,18 +135,24 @@ def _announce() -> None:
 
 
 @atexit.register
-def _settle(limit: float = 600.0) -> None:
-    """Wait for work that nobody awaited.
+def _settle(limit: float = 60.0, window: float = 0.02) -> None:
+    """Wait at exit for work that nobody awaited.
 
-    A host call that is running when the interpreter shuts down aborts the process. Every
-    computation whose result is still referenced is awaited; of those whose results were dropped,
-    the host calls that have begun are.
+    A host call that runs or begins while the interpreter shuts down aborts the process. Every
+    computation whose result is still referenced is awaited. JAX does not tell of those whose
+    results were dropped: for them, wait until no host call runs and the process has been idle
+    for a moment.
     """
+    if not _begun:
+        return
     for array in jax.live_arrays():
         with contextlib.suppress(Exception):
             if not array.is_deleted():
                 array.block_until_ready()
     stop = time.monotonic() + limit
-    with _idle:
-        while _running and time.monotonic() < stop:
-            _idle.wait(1.0)
+    while time.monotonic() < stop:
+        before, busy = _begun, time.process_time()
+        time.sleep(window)
+        idle = time.process_time() - busy < 0.2 * window
+        if idle and not _running and _begun == before:
+            return

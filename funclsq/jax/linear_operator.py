@@ -142,9 +142,11 @@ def _hoist(matvec: Any, tree: Any, leaves: list[Any], example: Any) -> Any:
         seen.add(key)
         return None
     consts = [jnp.asarray(c) for c in traced.consts]
-    closed = jax.make_jaxpr(lambda *args: jax.core.eval_jaxpr(traced.jaxpr, args[: len(consts)], *args[len(consts) :])[0])(
-        *consts, *leaves, example
-    )
+    closed = jax.make_jaxpr(
+        lambda *args: jax.core.eval_jaxpr(traced.jaxpr, args[: len(consts)], *args[len(consts) :])[
+            0
+        ]
+    )(*consts, *leaves, example)
     function = jaxpr_as_fun(closed)
     return (lambda *args: function(*args)[0]), [*consts, *leaves]
 
@@ -259,7 +261,11 @@ class Function:
         iterations = sum(run.iterations for run in runs)
         columns = [missed, iterations, residual, jnp.linalg.norm(normal, axis=-2)]
         like = residual
-        columns += [jnp.full_like(like, -1), runs[-1].cond, jnp.broadcast_to(deficient[..., None], like.shape)]
+        columns += [
+            jnp.full_like(like, -1),
+            runs[-1].cond,
+            jnp.broadcast_to(deficient[..., None], like.shape),
+        ]
         columns += [jnp.full_like(like, int(Method.lsmr))]
         info = jnp.stack([t.astype(real) for t in columns], -1)
         assert info.shape[-1] == INFO

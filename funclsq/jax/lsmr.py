@@ -206,7 +206,9 @@ def _cond(s: _State, rhotemp: Any) -> Any:
 
 
 def _norm(t: Any) -> Any:
-    return jnp.sqrt((jnp.real(t) ** 2 + jnp.imag(t) ** 2).sum(-2) if jnp.iscomplexobj(t) else (t**2).sum(-2))
+    return jnp.sqrt(
+        (jnp.real(t) ** 2 + jnp.imag(t) ** 2).sum(-2) if jnp.iscomplexobj(t) else (t**2).sum(-2)
+    )
 
 
 def _col(a: Any) -> Any:

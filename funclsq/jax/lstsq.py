@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funclsq.errors import ConvergenceError
+from funclsq.errors import ConvergenceError, ConvergenceWarning
 from funclsq.inputs import settings
 from funclsq.jax.inputs import Call, canonical
 from funclsq.jax.primitive import Operands, S
@@ -113,7 +114,7 @@ def lstsq(
         "lstsq", A, b, damp, weights, x0, opts, on_failure, check_finite, compute_dtype
     )
     x, info = _run(call, arrays)
-    return _raise_if_failed("lstsq", x, info) if on_failure == "raise" else x
+    return _report(call, "lstsq", on_failure, x, info)
 
 
 def solve(
@@ -155,8 +156,7 @@ def solve(
         "solve", A, b, damp, weights, x0, opts, on_failure, check_finite, compute_dtype
     )
     x, info = _run(call, arrays)
-    if on_failure == "raise":
-        x = _raise_if_failed("solve", x, info)
+    x = _report(call, "solve", on_failure, x, info)
     return Solution(x, *info, reason=f"solver={opts.solver!r}")
 
 
@@ -244,14 +244,36 @@ def _table(info):
     return status, iterations, residual, normal, rank, cond, method
 
 
+def _report(call: Call, name: str, on_failure: str, x: Any, info: tuple[Any, ...]) -> Any:
+    """Do what ``on_failure`` says; the host warns by itself, a solve in JAX does not."""
+    if on_failure == "raise":
+        return _raise_if_failed(name, x, info)
+    if on_failure == "warn" and call.problem.structure.solves_in_jax:
+        failed = _failed(info[0])
+        if isinstance(failed, jax.core.Tracer):
+            jax.lax.cond(failed, lambda: jax.debug.callback(_warn, *info[:4]), lambda: None)
+        elif bool(failed):
+            _warn(*info[:4])
+    return x
+
+
+def _failed(status: Any) -> Any:
+    """Whether any solve did not converge."""
+    good = functools.reduce(jnp.logical_or, (status == int(s) for s in Status if s.converged))
+    return jnp.logical_not(good.all())
+
+
+def _warn(*table: Any) -> None:
+    text = describe(*(np.asarray(t) for t in table))
+    warnings.warn(text, ConvergenceWarning, stacklevel=2)
+
+
 def _raise_if_failed(name: str, x: Any, info: tuple[Any, ...]) -> Any:
     """Raise now if there are values to look at, else put the check into the program."""
-    status, iterations, residual, normal = info[:4]
-    good = functools.reduce(jnp.logical_or, (status == int(s) for s in Status if s.converged))
-    if not isinstance(good, jax.core.Tracer):
-        if not bool(good.all()):
-            tables = (np.asarray(t) for t in (status, iterations, residual, normal))
-            raise ConvergenceError(f"{name}: {describe(*tables)}")
+    failed = _failed(info[0])
+    if not isinstance(failed, jax.core.Tracer):
+        if bool(failed):
+            raise ConvergenceError(f"{name}: {describe(*(np.asarray(t) for t in info[:4]))}")
         return x
     if eqx is None:
         raise ImportError(
@@ -260,7 +282,7 @@ def _raise_if_failed(name: str, x: Any, info: tuple[Any, ...]) -> Any:
         )
     return eqx.error_if(
         x,
-        jnp.logical_not(good.all()),
+        failed,
         f"funclsq.jax.{name}: a least-squares solve did not meet its tolerance, or its input was "
         "not finite. funclsq.jax.solve(...).message says which and what to do.",
     )

@@ -1,0 +1,439 @@
+"""The bridge between JAX and torch: no copies, no hangs, no silent change of dtype, clear errors."""
+
+import importlib
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+import funclsq as fl
+import funclsq.jax as flj
+from funclsq import raw
+from funclsq.jax import bridge, host
+from jax_common import assert_close, draw, full_pattern
+
+
+def problem(m=6, n=3, dtype=np.float64, seed=0):
+    rng = np.random.default_rng(seed)
+    A, b = rng.standard_normal((m, n)), rng.standard_normal(m)
+    return jnp.asarray(A.astype(dtype)), jnp.asarray(b.astype(dtype))
+
+
+def run_script(code, timeout=120, **env):
+    script = textwrap.dedent(code)
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+# -------------------------------------------------------------------------------------------
+# Memory.
+
+
+def test_the_host_sees_the_memory_of_jax_arrays(x64, monkeypatch):
+    A, b = problem()
+    seen = {}
+    solve = host.raw_solve
+
+    def spy(plan, params, w, d2, c, *rest):
+        seen.update(A=params[0].data_ptr(), c=c.data_ptr())
+        return solve(plan, params, w, d2, c, *rest)
+
+    monkeypatch.setattr(host, "raw_solve", spy)
+    jax.jit(flj.lstsq)(A, b).block_until_ready()
+    assert seen == {"A": A.unsafe_buffer_pointer(), "c": b.unsafe_buffer_pointer()}
+
+
+def test_inputs_are_not_written_to(x64):
+    A, b = problem(20, 8)
+    before = np.array(A), np.array(b)
+    jax.jit(jax.value_and_grad(lambda A, b: flj.lstsq(A, b, damp=0.1).sum()))(A, b)
+    assert np.array_equal(before[0], A)
+    assert np.array_equal(before[1], b)
+
+
+def test_forward_and_gradient_share_one_factorisation(x64, monkeypatch):
+    made = []
+    prepare = raw.registry.prepare
+    monkeypatch.setattr(raw.registry, "prepare", lambda *a: made.append(1) or prepare(*a))
+    A, b = problem(9, 4, seed=7)
+    f = jax.jit(jax.value_and_grad(lambda A: (flj.lstsq(A, b) ** 2).sum()))
+    for k in range(3):
+        f((k + 1.5) * A)[1].block_until_ready()
+        assert len(made) == k + 1
+
+
+def test_calls_outside_jit_do_not_retrace(x64, monkeypatch):
+    traced = []
+    module = importlib.import_module("funclsq.jax.lstsq")
+    S = module.S
+    monkeypatch.setattr(module, "S", lambda *a: traced.append(1) or S(*a))
+    pattern = full_pattern(11, 2)
+    rng = np.random.default_rng(0)
+    for damp in (0.1, 0.2, 0.3):
+        A = flj.Sparse(pattern, draw(rng, 22))
+        flj.lstsq(A, draw(rng, 11), damp=damp)
+    assert len(traced) == 1
+
+
+# -------------------------------------------------------------------------------------------
+# Threads.
+
+
+def test_small_problems_run_on_one_thread_and_leave_the_setting_alone(x64, monkeypatch):
+    seen = []
+    solve = host.raw_solve
+    monkeypatch.setattr(
+        host, "raw_solve", lambda *a: seen.append(torch.get_num_threads()) or solve(*a)
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        flj.lstsq(*problem()).block_until_ready()
+        assert seen == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_eight_threads_at_once(x64):
+    f = jax.jit(jax.value_and_grad(lambda A, b: jnp.sin(flj.lstsq(A, b)).sum()))
+    inputs = [problem(8, 3, seed=s) for s in range(8)]
+    want = [f(*p) for p in inputs]
+    failures = []
+
+    def work(i):
+        for _ in range(20):
+            got = f(*inputs[i])
+            if not np.allclose(got[1], want[i][1], rtol=1e-12, atol=1e-12):
+                failures.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    assert not any(t.is_alive() for t in threads)
+    assert not failures
+
+
+def test_work_that_nobody_awaits_does_not_abort_the_exit():
+    done = run_script(
+        """
+        import jax, jax.numpy as jnp, time, torch
+        import funclsq.jax as flj
+
+        def slow(A, b):
+            time.sleep(0.5)
+            return torch.linalg.lstsq(A, b.unsqueeze(-1) if b.ndim == 1 else b).solution.reshape(
+                A.shape[1], *b.shape[1:])
+
+        before = jax.jit(lambda a: jax.lax.fori_loop(0, 4, lambda i, c: c @ a * 1e-3, a))
+        a = before(jnp.eye(1000))
+        f = jax.jit(lambda a: flj.lstsq(a[:8, :3] + jnp.eye(8, 3), a[:8, 0], solver=slow))
+        f(a).block_until_ready()
+        keep = f(before(a) + 1.0)
+        f(before(a) + 2.0)
+        time.sleep(0.2)
+        print("leaving")
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert "leaving" in done.stdout
+
+
+@pytest.mark.parametrize("cpus", ["0", "0,1"])
+def test_soak(cpus):
+    """Large operands, few CPUs, threads, vmap and failing calls: no hang, no growth, no abort."""
+    if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two CPUs to choose from")
+    done = run_script(
+        f"""
+        import os
+        os.sched_setaffinity(0, {{{cpus}}})
+        """
+        """
+        import resource, threading
+        import jax, jax.numpy as jnp, numpy as np
+        import funclsq as fl, funclsq.jax as flj
+
+        m, n = 250_000, 8
+        row = np.repeat(np.arange(m), 2)
+        col = np.stack([np.arange(m) % n, (np.arange(m) // n) % n], 1).reshape(-1)
+        S = fl.SparsityPattern(row, col, (m, n))
+        rng = np.random.default_rng(0)
+        values = jnp.asarray(rng.standard_normal(2 * m), jnp.float32)
+        b = jnp.asarray(rng.standard_normal((m, 8)), jnp.float32)
+        f = jax.jit(lambda v, b: flj.lstsq(flj.Sparse(S, v), b, solver="cholesky", rank="full"))
+        g = jax.jit(jax.vmap(jax.grad(lambda v, b: f(v, b).sum()), (None, 0)))
+        want = np.asarray(f(values, b))
+        bad = jax.jit(lambda b: flj.lstsq(flj.Sparse(S, values), b, on_failure="raise"))
+        sizes = []
+
+        def work(count):
+            for i in range(count):
+                if i % 5 == 4:
+                    try:
+                        f(values, b[:-1])
+                    except ValueError:
+                        continue
+                got = f(values, b)
+                assert np.abs(np.asarray(got) - want).max() < 1e-3
+                if threading.current_thread() is threading.main_thread():
+                    sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+        work(6)
+        threads = [threading.Thread(target=work, args=(5,)) for _ in range(4)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        g(values, jnp.stack([b[:, 0], b[:, 1]])).block_until_ready()
+        settled = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        work(10)
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - settled
+        assert grown < 50_000, grown
+        print("done")
+        """,
+        OMP_NUM_THREADS="2",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "done" in done.stdout
+
+
+def test_two_devices():
+    """shard_map over the batch, with replicated and with split operands, on two CPU devices."""
+    done = run_script(
+        """
+        import jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import Mesh, PartitionSpec as P
+        import funclsq as fl, funclsq.jax as flj
+
+        jax.config.update("jax_enable_x64", True)
+        m, n = 6, 3
+        S = fl.SparsityPattern(*np.divmod(np.arange(m * n), n), (m, n))
+        rng = np.random.default_rng(0)
+        v, vs = jnp.asarray(rng.standard_normal(m * n)), jnp.asarray(rng.standard_normal((4, m * n)))
+        bs = jnp.asarray(rng.standard_normal((4, m)))
+        mesh = Mesh(np.array(jax.devices()), ("i",))
+        h = lambda v, b: flj.lstsq(flj.Sparse(S, v), b)
+
+        def shared(v, bs):
+            f = jax.vmap(lambda b: h(v, b))
+            return jax.shard_map(
+                lambda v, bs: jax.vmap(lambda b: h(v, b))(bs),
+                mesh=mesh, in_specs=(P(), P("i")), out_specs=P("i"))(v, bs)
+
+        def split(vs, bs):
+            return jax.shard_map(
+                jax.vmap(h), mesh=mesh, in_specs=(P("i"), P("i")), out_specs=P("i"))(vs, bs)
+
+        plain = jax.vmap(h, (None, 0)), jax.vmap(h)
+        for f, g, a in ((shared, plain[0], v), (split, plain[1], vs)):
+            loss = lambda f: jax.jit(jax.value_and_grad(lambda a, b: jnp.sin(f(a, b)).sum(), (0, 1)))
+            for x, y in zip(jax.tree.leaves(loss(f)(a, bs)), jax.tree.leaves(loss(g)(a, bs))):
+                assert np.abs(x - y).max() < 1e-10 * (1 + np.abs(y).max()), np.abs(x - y).max()
+        print("done")
+        """,
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "done" in done.stdout
+
+
+# -------------------------------------------------------------------------------------------
+# The fallback, and what importing does.
+
+
+def test_the_fallback_is_announced_and_right(x64, monkeypatch):
+    A, b = problem(7, 3, seed=5)
+    want = jax.grad(lambda A: flj.lstsq(A, b).sum())(A)
+    monkeypatch.setattr(bridge, "buffer_callback", None)
+    monkeypatch.setattr(bridge, "_announced", False)
+    with pytest.warns(fl.errors.FunclsqWarning, match="pure_callback"):
+        got = jax.grad(lambda A: flj.lstsq(A, b).sum())(A)
+    assert_close(got, want)
+
+
+def test_importing_changes_no_configuration_and_torch_alone_needs_no_jax():
+    done = run_script(
+        """
+        import sys
+        import funclsq
+        assert "jax" not in sys.modules
+        import jax
+        before = dict(jax.config.values)
+        import funclsq.jax
+        assert dict(jax.config.values) == before
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# -------------------------------------------------------------------------------------------
+# x64, dtypes, shapes: at trace time, in words.
+
+
+@pytest.fixture
+def x32():
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", False)
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+@pytest.mark.parametrize("compute_dtype", [None, "float64"])
+def test_float32_without_x64(x32, compute_dtype):
+    A, b = problem(30, 6, np.float32)
+    f = lambda A, b: flj.lstsq(A, b, compute_dtype=compute_dtype)  # noqa: E731
+    x, g = jax.jit(lambda A, b: (f(A, b), jax.grad(lambda A: f(A, b).sum())(A)))(A, b)
+    assert x.dtype == g.dtype == jnp.float32
+    exact = np.linalg.lstsq(np.asarray(A, float), np.asarray(b, float), rcond=None)[0]
+    error = np.abs(x - exact).max() / np.abs(exact).max()
+    assert error < (6e-8 if compute_dtype else 2e-6)
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "scipy"])
+def test_float64_without_x64_is_an_error(x32, kind):
+    A, b = problem(6, 3, np.float32)
+    wide = np.ones((6, 3))
+    if kind == "torch":
+        wide = torch.ones(6, 3, dtype=torch.float64)
+    if kind == "scipy":
+        wide = pytest.importorskip("scipy.sparse").csr_array(wide)
+    with pytest.raises(TypeError, match="jax_enable_x64"):
+        flj.lstsq(wide, b)
+
+
+A32 = np.ones((6, 3), np.float32)
+B32 = np.ones(6, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"b": B32[:5]}, ValueError, r"6 rows.*got shape \(5,\)"),
+        ({"b": np.float32(1)}, ValueError, "6 rows"),
+        ({"b": B32.astype(np.int32)}, TypeError, "must be float32"),
+        ({"b": B32.astype(np.complex64)}, TypeError, "one dtype"),
+        ({"A": A32.astype(np.float16)}, TypeError, "must be float32"),
+        ({"A": A32[0]}, ValueError, "must be a matrix"),
+        ({"A": "A"}, TypeError, "A must be a JAX array"),
+        ({"damp": -1.0}, ValueError, "damp must be finite and >= 0"),
+        ({"damp": np.nan}, ValueError, "damp must be finite"),
+        ({"damp": 1j}, TypeError, "real"),
+        ({"damp": np.ones(4, np.float32)}, ValueError, r"shape \(3,\)"),
+        ({"damp": -np.ones(3, np.float32)}, ValueError, "negative"),
+        ({"weights": -B32}, ValueError, "weights must not be negative"),
+        ({"weights": B32[:4]}, ValueError, r"shape \(6,\)"),
+        ({"weights": B32.astype(np.complex64)}, TypeError, "real"),
+        ({"x0": B32}, ValueError, r"x0 must have shape \(3,\)"),
+        ({"solver": "magic"}, ValueError, "solver must be one of"),
+        ({"rank": 9}, ValueError, "at most"),
+        ({"rank": "half"}, ValueError, "rank must be"),
+        ({"on_failure": "shrug"}, ValueError, "on_failure"),
+        ({"compute_dtype": "float16"}, ValueError, "compute_dtype"),
+        ({"atoll": 1}, TypeError, "unknown setting"),
+    ],
+)
+@pytest.mark.parametrize("traced", [False, True])
+def test_bad_input_is_an_ordinary_error_before_any_work(x32, change, error, match, traced):
+    given = {"A": A32, "b": B32, **change}
+    arrays = {k: jnp.asarray(v) for k, v in given.items() if isinstance(v, np.ndarray)}
+    rest = {k: v for k, v in given.items() if k not in arrays}
+    if traced and (match in ("negative", "weights must not be negative")):
+        pytest.skip("a traced value cannot be looked at")
+    call = lambda arrays: flj.lstsq(**arrays, **rest)  # noqa: E731
+    with pytest.raises(error, match=match):
+        (jax.jit(call) if traced else call)(arrays)
+
+
+def test_input_that_is_not_finite_is_nan_and_a_status_for_its_members_only(x64):
+    A, b = problem()
+    B = jnp.stack([b, b.at[2].set(jnp.nan)], 1)
+    sol = jax.jit(flj.solve)(jnp.stack([A, A.at[0, 0].set(jnp.inf)]), B)
+    assert sol.status.tolist() == [[8, 11], [11, 11]]
+    assert np.isfinite(sol.x[0, :, 0]).all()
+    assert np.isnan(sol.x[0, :, 1]).all()
+    assert np.isnan(sol.x[1]).all()
+    assert "NONFINITE" in sol.message
+    assert not bool(sol.converged.all())
+    with pytest.warns(fl.ConvergenceWarning, match="NaN or Inf"):
+        flj.lstsq(A, B)
+    with pytest.raises(fl.ConvergenceError, match="NONFINITE"):
+        flj.lstsq(A, B, on_failure="raise")
+    negative = jax.jit(lambda w: flj.solve(A, b, weights=w))(jnp.full(6, -1.0))
+    assert int(negative.status) == 11
+
+
+def test_a_solve_that_does_not_converge_warns_or_raises(x64):
+    pytest.importorskip("equinox")
+    A, b = problem(60, 30)
+    short = {"solver": "lsmr", "maxiter": 2, "rank": "full"}
+    sol = flj.solve(A, b, **short)
+    assert not bool(sol.converged)
+    with pytest.warns(fl.ConvergenceWarning, match="MAXITER"):
+        jax.jit(lambda A, b: flj.lstsq(A, b, **short))(A, b).block_until_ready()
+    with pytest.raises(fl.ConvergenceError, match="MAXITER"):
+        flj.lstsq(A, b, on_failure="raise", **short)
+    inside = jax.jit(lambda A, b: flj.lstsq(A, b, on_failure="raise", **short))
+    with pytest.raises(Exception, match="did not meet its tolerance"):
+        inside(A, b).block_until_ready()
+    flj.lstsq(A, b, on_failure="ignore", **short)
+
+
+@pytest.mark.parametrize("k", [0, 1, 5])
+def test_empty_shapes(x64, k):
+    A, _ = problem()
+    assert flj.lstsq(A, jnp.ones((6, k))).shape == (3, k)
+    assert jax.grad(lambda A: flj.lstsq(A, jnp.ones((6, k))).sum())(A).shape == (6, 3)
+    nothing = flj.Sparse(fl.SparsityPattern([], [], (6, 3)), jnp.zeros(0))
+    assert_close(flj.lstsq(nothing, jnp.ones((6, k))), np.zeros((3, k)))
+    assert flj.lstsq(jnp.zeros((0, 3)), jnp.zeros((0, k))).shape == (3, k)
+    assert flj.lstsq(jnp.zeros((6, 0)), jnp.zeros((6, k))).shape == (0, k)
+
+
+def test_batches_weights_per_column_and_x0_agree_with_single_solves(x64):
+    rng = np.random.default_rng(0)
+    A, b = draw(rng, 2, 1, 7, 4), draw(rng, 3, 7, 5)
+    w = jnp.asarray(rng.uniform(0.5, 2.0, (7, 5)))
+    sol = flj.solve(A, b, weights=w, x0=jnp.ones(4), damp=0.1)
+    assert sol.x.shape == (2, 3, 4, 5)
+    assert sol.status.shape == (2, 3, 5)
+    one = flj.lstsq(A[1, 0], b[2, :, 3], weights=w[:, 3], x0=jnp.ones(4), damp=0.1)
+    assert_close(sol.x[1, 2, :, 3], one)
+    shared = flj.lstsq(A[0, 0], b)
+    assert_close(shared[2], flj.lstsq(A[0, 0], b[2]))
+    assert flj.lstsq(A[:, 0], b[0, :, 0]).shape == (2, 4)
+
+
+def test_gradients_stay_finite_at_weight_zero_and_damp_zero(x64):
+    A, b = problem()
+    w = jnp.ones(6).at[1].set(0.0)
+    f = lambda w, d: flj.lstsq(A, b, weights=w, damp=d).sum()  # noqa: E731
+    grads = jax.jit(jax.grad(f, (0, 1)))(w, jnp.asarray(0.0))
+    assert all(np.isfinite(g).all() for g in grads)
+    step = 1e-6
+    numeric = (f(w.at[1].set(step), jnp.asarray(0.0)) - f(w, jnp.asarray(0.0))) / step
+    assert abs(float(numeric - grads[0][1])) < 1e-4 * (1 + abs(float(numeric)))
+
+
+def test_complex_gradients_are_the_conjugate_of_those_of_torch(x64):
+    rng = np.random.default_rng(2)
+    A, b = draw(rng, 5, 3, complex_=True), draw(rng, 5, complex_=True)
+    got = jax.grad(lambda A, b: jnp.abs(jnp.sin(flj.lstsq(A, b))).sum(), (0, 1))(A, b)
+    At, bt = (flj.to_torch(t, copy=True).requires_grad_() for t in (A, b))
+    torch.sin(fl.lstsq(At, bt)).abs().sum().backward()
+    assert_close(got, (At.grad.numpy().conj(), bt.grad.numpy().conj()))
