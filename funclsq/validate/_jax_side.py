@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -23,10 +24,10 @@ Function = Callable[[dict[str, Any]], Any]
 
 
 def x64(on: bool) -> Any:
-    """Return the context in which 64-bit numbers are on or off; the configuration is not changed."""
-    make = getattr(jax, "enable_x64", None)
-    if not callable(make):
-        from jax.experimental import enable_x64 as make
+    """Return a context in which 64-bit numbers are on or off; no configuration is changed."""
+    make: Any = getattr(jax, "enable_x64", None)
+    if not callable(make):  # JAX before 0.8
+        make = getattr(jax.experimental, "enable_x64")  # noqa: B009
     return make(on)
 
 
@@ -81,7 +82,8 @@ def jax_answers(
         with x64(wide or jax.config.jax_enable_x64):
             p = {key: _carried(a) for key, a in inputs.items()}
             along = {key: _carried(a) for key, a in tangents.items()}
-            x_bar, out = _carried(cotangent), {}
+            x_bar = _carried(cotangent)
+            out: dict[str, Any] = {}
             for form, program in programs.items():
                 keys = list(inputs) if " {}" in form else [""]
                 try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -53,8 +54,9 @@ def torch_answers(
     def slope(p: dict[str, Tensor]) -> Tensor:
         return torch.func.jvp(fn, (p,), (along,))[1]
 
-    def one(key: str) -> dict[str, Tensor]:
-        return {k: t if k == key else torch.zeros_like(t) for k, t in along.items()}
+    def move(key: str) -> Tensor:
+        one = {k: t if k == key else torch.zeros_like(t) for k, t in along.items()}
+        return torch.func.jvp(fn, (at,), (one,))[1]
 
     out: dict[str, Any] = {}
 
@@ -72,7 +74,7 @@ def torch_answers(
 
     record(["value"], lambda: fn(at))
     for key in inputs:
-        record([f"jvp {key}"], lambda key=key: torch.func.jvp(fn, (at,), (one(key),))[1])
+        record([f"jvp {key}"], functools.partial(move, key))
     record([f"vjp {k}" for k in at], lambda: gradient(at))
     record([f"hvp {k}" for k in at], lambda: torch.func.jvp(gradient, (at,), (along,))[1])
     record([f"hvp {k} (r/r)" for k in at], lambda: torch.func.vjp(gradient, at)[1](along)[0])

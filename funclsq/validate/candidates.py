@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
 from funclsq.lstsq import lstsq
 from funclsq.pattern import SparsityPattern
@@ -91,8 +90,7 @@ def default_candidates(**settings: Any) -> tuple[dict[str, Candidate], tuple[str
 
 def _working(problem: Problem, d: Directions) -> tuple[Arrays, Arrays, np.ndarray]:
     """Return inputs, tangents and cotangent in the dtype that the candidates work in."""
-    real = torch.finfo(torch.from_numpy(np.zeros(1, problem.dtype)).dtype).dtype
-    real = np.dtype(real)
+    real = np.zeros(0, problem.dtype).real.dtype
 
     def cast(a: np.ndarray) -> np.ndarray:
         return a.astype(problem.dtype if np.iscomplexobj(a) else real)

@@ -136,7 +136,7 @@ class _Motion:
         self.x0 = _block(along["x0"]) if "x0" in along else 0 * p.x0
         self.b = _block(along["b"]) if "b" in along else 0 * p.r
         self.Ah = _adjoint(self.A)
-        T, E, N, Th = p.maps.T, p.maps.E, p.maps.N, p.maps.Th
+        T, E, N = p.maps.T, p.maps.E, p.maps.N
         c = self.b - self.A @ p.x0 - p.A @ self.x0
         back = self.Ah @ (p.w * p.r) + _adjoint(p.A) @ (self.w * p.r) - self.d2 * p.y
         self.y = T(c - self.A @ p.y) + E(back) + N(self.Ah @ p.u)
@@ -144,7 +144,7 @@ class _Motion:
 
     def gradient(self) -> Arrays:
         """Return the derivative of the point's gradient: a Hessian-vector product."""
-        p, T, Th, N = self.p, self.p.maps.T, self.p.maps.Th, self.p.maps.N
+        p, T, N = self.p, self.p.maps.T, self.p.maps.N
         r = self.b - self.A @ p.x - p.A @ self.x
         z = self.moved_e(p.g, p.z, p.n, p.q)
         n = -T(self.A @ p.n) - N(self.Ah @ p.q)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from funclsq.validate._torch_side import torch_answers
-from funclsq.validate.oracle_differences import Estimate
+from funclsq.validate.estimate import Estimate
+from funclsq.validate.flattening import Arguments, Flat
 from funclsq.validate.problem import Arrays
 from funclsq.validate.report import Report, Row
 from funclsq.validate.tolerances import Sensitivity
@@ -87,14 +87,14 @@ def compare(
     from funclsq.validate._jax_side import jax_answers, x64
 
     rng = np.random.default_rng(seed)
-    arguments = _Arguments(args)
+    arguments = Arguments(args)
     inputs = arguments.inputs
     if not inputs:
         raise ValueError(
             "compare: no argument can be differentiated; pass at least one floating-point array."
         )
-    f = _Flat(torch_fn, arguments, pytree.tree_flatten_with_path, pytree.keystr, torch.as_tensor)
-    g = _Flat(
+    f = Flat(torch_fn, arguments, pytree.tree_flatten_with_path, pytree.keystr, torch.as_tensor)
+    g = Flat(
         jax_fn,
         arguments,
         jax.tree_util.tree_flatten_with_path,
@@ -127,81 +127,6 @@ def compare(
         f"eps, relatively and at random, and to {factor:g} eps at least."
     )
     return Report(title, tuple(rows), (note,))
-
-
-class _Arguments:
-    """The arguments, flattened: named NumPy arrays to differentiate, and the rest."""
-
-    def __init__(self, args: tuple[Any, ...]) -> None:
-        leaves, self._spec = pytree.tree_flatten_with_path(args)
-        self.inputs: Arrays = {}
-        self._leaves = []
-        for path, leaf in leaves:
-            array = _as_array(leaf)
-            name = f"args{pytree.keystr(path)}"
-            if array is not None and array.dtype.kind in "fc":
-                self.inputs[name] = array
-                self._leaves.append((name, None))
-            else:
-                self._leaves.append((None, leaf if array is None else array))
-        self.wide = any(a.dtype in (np.float64, np.complex128) for a in self.inputs.values())
-
-    def restored(self, p: dict[str, Any], carry: Callable[[np.ndarray], Any]) -> Any:
-        """Return the arguments with these arrays in their places."""
-        leaves = [
-            p[name] if name else carry(leaf) if isinstance(leaf, np.ndarray) else leaf
-            for name, leaf in self._leaves
-        ]
-        return pytree.tree_unflatten(leaves, self._spec)
-
-
-class _Flat:
-    """A function of pytrees as one of a dict of arrays, to one vector of all its outputs."""
-
-    def __init__(
-        self,
-        fn: Callable[..., Any],
-        arguments: _Arguments,
-        flatten: Callable[..., Any],
-        keystr: Callable[..., str],
-        carry: Callable[..., Any],
-    ) -> None:
-        self._fn, self._arguments = fn, arguments
-        self._flatten, self._keystr, self._carry = flatten, keystr, carry
-
-    def _named(self, p: dict[str, Any]) -> dict[str, Any]:
-        out = self._fn(*self._arguments.restored(p, self._carry))
-        leaves = {self._keystr(path): leaf for path, leaf in self._flatten(out)[0]}
-        return {key: leaves[key] for key in sorted(leaves) if hasattr(leaves[key], "dtype")}
-
-    def outputs(self, inputs: Arrays) -> Arrays:
-        """Return the outputs at the inputs."""
-        p = {key: self._carry(a) for key, a in inputs.items()}
-        return {key: _as_array(a) for key, a in self._named(p).items()}
-
-    def __call__(self, p: dict[str, Any]) -> Any:
-        """Return the differentiable outputs, joined."""
-        parts = [a.reshape(-1) for a in self._named(p).values() if _inexact(a)]
-        return torch.cat(parts) if isinstance(parts[0], Tensor) else _join(parts)
-
-
-def _join(parts: list[Any]) -> Any:
-    import jax.numpy as jnp
-
-    return jnp.concatenate(parts)
-
-
-def _inexact(a: Any) -> bool:
-    if isinstance(a, Tensor):
-        return a.is_floating_point() or a.is_complex()
-    return np.dtype(a.dtype).kind in "fc"
-
-
-def _as_array(leaf: Any) -> np.ndarray | None:
-    """Return an array of any library as NumPy's, by DLPack or its own protocol."""
-    if isinstance(leaf, Tensor):
-        return leaf.detach().resolve_conj().cpu().numpy()
-    return np.asarray(leaf) if hasattr(leaf, "__array__") else None
 
 
 def _outputs_differ(first: Arrays, second: Arrays) -> list[Row]:
@@ -240,7 +165,7 @@ def _judge(
     cotangent = np.concatenate([w.reshape(*w.shape[:lead], -1) for w in weights], axis=-1)
     eps = max(float(np.finfo(a.dtype).eps) for a in inputs.values())
     size = max(_SIZE, 16 * eps) if eps > 1e-12 else _SIZE
-    asks = {"torch": functools.partial(ask_torch, f), "jax": ask_jax}
+    asks: dict[str, Any] = {"torch": functools.partial(ask_torch, f), "jax": ask_jax}
     spans = _spans(outputs, lead)
 
     def answers(ask: Callable[..., dict[str, Any]], at: Arrays) -> dict[str, Any]:
@@ -269,7 +194,8 @@ def _judge(
             for name, found in base.items():
                 least = {quantity: _floor(quantity, found, inputs, cotangent)}
                 sense = Sensitivity(found, moved[name], size, eps, least)
-                allowed.append(sense.allow(quantity, Estimate(found[quantity]), factor))
+                one = sense.allow(quantity, Estimate(found[quantity]), factor)
+                allowed += [one] if one else []
             best = min(allowed, key=lambda one: one.tolerance * one.scale)
             error = float(np.linalg.norm(a - b)) / best.scale
             tolerance, reason = best.tolerance, best.reason.replace("the oracle's", "the")
@@ -278,7 +204,7 @@ def _judge(
 
 
 def _floor(quantity: str, found: Arrays, inputs: Arrays, cotangent: np.ndarray) -> float:
-    """Return the natural size of a derivative that may vanish: tangents are of the arguments' size."""
+    """Return the natural size of a derivative: tangents are of the size of the arguments."""
     kind, _, rest = quantity.partition(" ")
     name, _, output = rest.partition(" of ")
     if kind == "value":

@@ -1,4 +1,4 @@
-"""The torch core and the JAX adapter on one problem, against oracles that share no code with them."""
+"""The torch core and the JAX adapter on one problem, against independent oracles."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import numpy as np
 
 from funclsq.validate.candidates import Candidate, default_candidates
 from funclsq.validate.closed_form import evaluate
+from funclsq.validate.estimate import Estimate
 from funclsq.validate.intake import as_problem
 from funclsq.validate.maps_dense import DenseMaps
 from funclsq.validate.maps_sparse import SparseMaps
-from funclsq.validate.oracle_differences import Estimate, differences
+from funclsq.validate.oracle_differences import differences
 from funclsq.validate.oracle_mpmath import MP_LIMIT, in_50_digits
 from funclsq.validate.oracles_dense import autodiff
 from funclsq.validate.problem import Arrays, Problem
@@ -118,8 +119,9 @@ def cross_check(
     seeds = None if cotangent is None else np.asarray(cotangent)
     d = directions(problem, rng, seeds)
     probes = [directions(problem, rng) for _ in range(_PROBES)]
-    sensitivity = _sensitivity(problem, d, rng)
-    truths, left_out = _ask(problem, d, probes, oracles, sensitivity.base)
+    large = SparseMaps()
+    sensitivity = _sensitivity(problem, d, rng, DenseMaps if problem.small else large)
+    truths, left_out = _ask(problem, d, probes, oracles, sensitivity.base, large)
     answers = {name: candidate(problem, d) for name, candidate in candidates.items()}
     rows: list[Row] = []
     for name, answer in answers.items():
@@ -140,8 +142,10 @@ def cross_check(
     )
 
 
-def _sensitivity(problem: Problem, d: Directions, rng: np.random.Generator) -> Sensitivity:
-    maps = DenseMaps if problem.small else SparseMaps()
+def _sensitivity(
+    problem: Problem, d: Directions, rng: np.random.Generator, maps: Callable[[Problem], Any]
+) -> Sensitivity:
+    """Evaluate the closed form at the data and at perturbed data."""
     largest, smallest = extremes(problem, maps)
     cond = largest / smallest
     size = perturbation(cond)
@@ -167,6 +171,7 @@ def _ask(
     probes: list[Directions],
     wanted: Sequence[str] | None,
     closed_form: Arrays,
+    large: SparseMaps,
 ) -> tuple[dict[str, dict[str, Estimate]], tuple[str, ...]]:
     """Ask every oracle that fits; return the answers and notes on those that were left out."""
     for name in wanted or ():
@@ -175,10 +180,8 @@ def _ask(
     m, n = problem.shape
     has_jax = importlib.util.find_spec("jax") is not None
     reasons = {
-        "autodiff": (not has_jax
-        and "JAX is not installed")
-        or (not problem.small
-        and "A is too large"),
+        "autodiff": (not has_jax and "JAX is not installed")
+        or (not problem.small and "A is too large"),
         "50 digits": m * n > MP_LIMIT and f"A has more than {MP_LIMIT} entries",
     }
     truths: dict[str, dict[str, Estimate]] = {}
@@ -188,7 +191,7 @@ def _ask(
             if wanted or name != "50 digits":
                 notes.append(f"{name}: left out, {reasons[name]}.")
         elif name == "differences":
-            truths[name] = differences(problem, d, probes)
+            truths[name] = differences(problem, d, probes, large)
         else:
             found = closed_form
             if name != "closed form":

@@ -41,7 +41,7 @@ def as_problem(
         If shapes do not fit.
     """
     row, col, values, shape, dense = _entries(A)
-    m, n = shape
+    m = shape[0]
     b = rng.standard_normal(m) if b is None else _array(b)
     if b.ndim not in (1, 2) or b.shape[0] != m:
         raise ValueError(
@@ -64,7 +64,7 @@ def as_problem(
     return Problem(row, col, inputs, shape, _rank(problem, rank), dtype, dense)
 
 
-def _entries(A: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int], bool]:
+def _entries(A: Any) -> tuple[Any, Any, np.ndarray, Any, bool]:
     """Return (row, col, values, shape, whether dense)."""
     pattern = getattr(A, "pattern", None)
     if isinstance(pattern, SparsityPattern):

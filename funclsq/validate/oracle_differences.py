@@ -22,46 +22,25 @@ import scipy.linalg
 from scipy.differentiate import derivative
 
 from funclsq.validate.closed_form import gradient
+from funclsq.validate.estimate import Estimate
 from funclsq.validate.maps_dense import DenseMaps
 from funclsq.validate.maps_sparse import SparseMaps
 from funclsq.validate.problem import Arrays, Problem, stacked_svd
 from funclsq.validate.spectrum import extremes, norm_estimate
 from funclsq.validate.tangents import Directions
 
-__all__ = ["Estimate", "differences"]
+__all__ = ["differences"]
 
 _UNITS = 100  # inputs of at most this size are differenced in every entry
 _ROUNDING = 4 * np.finfo(float).eps  # of x, relative
 _SECOND = 200_000  # m n^2 up to which second differences are affordable
 
 
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """What an oracle says of a quantity.
-
-    Parameters
-    ----------
-    value : array
-        The quantity, or its products with ``along``.
-    error : float
-        The oracle's estimate of ``||value - true value||``.
-    along : array, shape (p, ...), optional
-        Directions d such that ``value[j] = Re <d[j], quantity>``.
-    """
-
-    value: np.ndarray
-    error: float = 0.0
-    along: np.ndarray | None = None
-
-    def of(self, quantity: np.ndarray) -> np.ndarray:
-        """Return what this estimates, taken from a full answer."""
-        if self.along is None:
-            return quantity
-        return np.array([np.vdot(d, quantity).real for d in self.along])
-
-
 def differences(
-    problem: Problem, d: Directions, probes: list[Directions] | None = None
+    problem: Problem,
+    d: Directions,
+    probes: list[Directions] | None = None,
+    large: SparseMaps | None = None,
 ) -> dict[str, Estimate]:
     """Return x, and its derivatives as central differences with error estimates.
 
@@ -73,13 +52,15 @@ def differences(
         Along what.
     probes : list of Directions, optional
         Further directions for the products with gradients.
+    large : SparseMaps, optional
+        What solves large problems; given where its factor is to be shared.
 
     Returns
     -------
     dict of str to Estimate
         ``x``, ``jvp k``, ``vjp k``; and ``hvp k`` for small problems.
     """
-    line = _Lines(problem, d.cotangent)
+    line = _Lines(problem, d.cotangent, large or SparseMaps())
     m, n = problem.shape
     out = {"x": Estimate(line.x({}, 0.0))}
     for key, a in problem.inputs.items():
@@ -103,7 +84,7 @@ def differences(
 
 def _of_gradient(line: _Lines, d: Directions) -> dict[str, Estimate]:
     """Return the derivative of the closed form's gradient along the tangents."""
-    make_maps = DenseMaps if line.problem.small else SparseMaps()
+    make_maps = DenseMaps if line.problem.small else line.large
 
     @functools.cache
     def at(t: float) -> Arrays:
@@ -111,9 +92,13 @@ def _of_gradient(line: _Lines, d: Directions) -> dict[str, Estimate]:
 
     out, reach = {}, line.reach(d.tangents)
     for key in line.problem.inputs:
-        value, error = _derivative(lambda t, key=key: at(t)[f"vjp {key}"], reach, 1e-10)
+        value, error = _derivative(functools.partial(_pick, at, f"vjp {key}"), reach, 1e-10)
         out[f"hvp {key}"] = Estimate(value, error)
     return out
+
+
+def _pick(at: Callable[[float], Arrays], name: str, t: float) -> np.ndarray:
+    return at(t)[name]
 
 
 def _in_every_entry(line: _Lines, key: str, a: np.ndarray) -> Estimate:
@@ -134,15 +119,14 @@ def _in_every_entry(line: _Lines, key: str, a: np.ndarray) -> Estimate:
 class _Lines:
     """x along lines in the inputs of a problem, and derivatives along them."""
 
-    def __init__(self, problem: Problem, cotangent: np.ndarray) -> None:
-        self.problem, self.cotangent = problem, cotangent
-        self._large = SparseMaps()
-        self._here = [(s, _solver(p, self._large)) for s, p in problem.column_problems()]
+    def __init__(self, problem: Problem, cotangent: np.ndarray, large: SparseMaps) -> None:
+        self.problem, self.cotangent, self.large = problem, cotangent, large
+        self._here = [(s, _solver(p, self.large)) for s, p in problem.column_problems()]
         self.size = {
             k: float(np.sqrt(np.mean(np.abs(a) ** 2))) or 1.0 if a.size else 1.0
             for k, a in problem.inputs.items()
         }
-        self._slack = extremes(problem, self._large)[1]
+        self._slack = extremes(problem, self.large)[1]
 
     def stuck(self, key: str) -> bool:
         """Whether some entries of this input must not leave 0."""
@@ -153,7 +137,11 @@ class _Lines:
         """Return x at a distance t from the start."""
         problem = (start or self.problem).moved(along, t)
         moved = start is not None or any(k in along for k in ("A", "damp", "weights"))
-        solvers = [(s, _solver(p, self._large)) for s, p in problem.column_problems()] if moved else self._here
+        solvers = (
+            [(s, _solver(p, self.large)) for s, p in problem.column_problems()]
+            if moved
+            else self._here
+        )
         m, n = problem.shape
         b, A = problem.inputs["b"].reshape(m, -1), problem.matrix
         A = problem.scattered(problem.inputs["A"]) if A is None else A
@@ -164,10 +152,19 @@ class _Lines:
 
     def derivative(self, along: Arrays) -> tuple[np.ndarray, float]:
         """Return dx/dt at t = 0 and the norm of its estimated error."""
+        if along.keys() <= {"b", "x0"}:  # x is affine in these: one difference is exact
+            up, down = self.x(along, 1.0), self.x(along, -1.0)
+            rounding = _ROUNDING * float(np.linalg.norm(up) + np.linalg.norm(down))
+            return (up - down) / 2, rounding
         return _derivative(lambda t: self.x(along, t), self.reach(along), 1e-12)
 
     def slopes(self, lines: list[Arrays], start: Problem | None = None) -> tuple[Any, float]:
         """Return d/dt of Re <x_bar, x> at t = 0 along each line, and the norm of the errors."""
+        if start is None and all(along.keys() <= {"b", "x0"} for along in lines):
+            moves = [self.derivative(along) for along in lines]
+            slopes = [_product(self.cotangent, x_dot) for x_dot, _ in moves]
+            errors = [error for _, error in moves]
+            return np.array(slopes), float(np.linalg.norm(errors) * np.linalg.norm(self.cotangent))
 
         def products(t: float) -> np.ndarray:
             return np.array([_product(self.cotangent, self.x(along, t, start)) for along in lines])
@@ -184,7 +181,10 @@ class _Lines:
 
     def _weighted_norm(self, values: np.ndarray) -> float:
         """Return the norm of W^(1/2) times the matrix with these entries, of the largest W."""
-        w, A = self.problem.weights().max(axis=1, initial=0)[:, None], self.problem.scattered(values)
+        w, A = (
+            self.problem.weights().max(axis=1, initial=0)[:, None],
+            self.problem.scattered(values),
+        )
         return norm_estimate(lambda v: A.conj().T @ (w * (A @ v)), A.shape[1]) ** 0.5
 
     def reach(self, along: Arrays) -> float:

@@ -154,7 +154,7 @@ class Problem:
 
 
 def stacked_svd(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the SVD (U, s, V^H) of M = [W^(1/2) A; D], V square; weights the same for all columns."""
+    """Return U, s, V^H of [W^(1/2) A; D], V square; weights the same for all columns."""
     stacked = np.vstack(
         [np.sqrt(problem.weights()) * problem.toarray(), np.diag(problem.damping())]
     )

@@ -13,8 +13,8 @@ import dataclasses
 
 import numpy as np
 
-from funclsq.validate.oracle_differences import Estimate
-from funclsq.validate.problem import Arrays, Problem, stacked_svd
+from funclsq.validate.estimate import Estimate
+from funclsq.validate.problem import Arrays, Problem
 from funclsq.validate.tangents import Directions
 
 __all__ = ["CAP", "Allowance", "Sensitivity", "floors", "perturbation"]
