@@ -6,6 +6,7 @@ from funclsq.factorize import Factorization, covariance, factorize
 from funclsq.lstsq import lstsq, solve
 from funclsq.matrix_free import LinearOperator
 from funclsq.pattern import SparsityPattern
+from funclsq.regression import LinearRegression, linear_regression
 from funclsq.solution import Method, Solution, Status
 from funclsq.sparse import Sparse
 
@@ -17,6 +18,7 @@ __all__ = [
     "Factorization",
     "FunclsqWarning",
     "LinearOperator",
+    "LinearRegression",
     "Method",
     "RankWarning",
     "Solution",
@@ -25,6 +27,7 @@ __all__ = [
     "Status",
     "covariance",
     "factorize",
+    "linear_regression",
     "lstsq",
     "solve",
     "solvers",

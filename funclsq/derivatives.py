@@ -49,7 +49,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from funclsq.batching import vmap_solve
-from funclsq.forward_mode import nested_forward_mode, primals
+from funclsq.forward_mode import nested_forward_mode, primals, transformed
 from funclsq.matrix import matmul, matmul_dot, outer, reduce_batch, rmatmul, rmatmul_dot
 from funclsq.opaque import solve_op
 from funclsq.raw import Plan
@@ -209,9 +209,10 @@ def _push(plan, w, d2, c, g, gate, x, ax, info, params, tangents):
 def _image_of_inverse(plan, w, d2, v, gate, params):
     """A G^+ v; None where the gate, or what the solver finds, says that it is not needed.
 
-    Where nothing records, by the cheaper solve that does not give G^+ v itself.
+    Where nothing records and no transform watches (a backward pass inside forward mode has a
+    tangent to carry), by the cheaper solve that does not give G^+ v itself.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
         return solve(plan, w, d2, None, v, gate, params)[1]
     _, image, info = solve_op(params, w, d2, None, v, gate, plan.handle, False, False)
     return None if _is_zero(info[..., 0] != Status.SKIPPED) else image
@@ -246,7 +247,10 @@ def _is_zero(flag: Tensor) -> bool:
     """Whether the data under every transform is zero; False where data cannot be seen."""
     if torch.compiler.is_compiling() or torch.fx.experimental.proxy_tensor.get_proxy_mode():
         return False
-    flag = flag.detach()
+    try:
+        flag = flag.detach()
+    except RuntimeError:  # a batch of autograd's own vmap (is_grads_batched) is opaque
+        return False
     while torch._C._functorch.is_functorch_wrapped_tensor(flag):
         flag = torch._C._functorch.get_unwrapped(flag)
     return not bool((flag != 0).any())

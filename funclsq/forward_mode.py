@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.autograd.forward_ad as fwAD
 
-__all__ = ["nested_forward_mode", "primals"]
+__all__ = ["nested_forward_mode", "primals", "transformed"]
 
 
 def nested_forward_mode():
@@ -21,3 +22,8 @@ def nested_forward_mode():
 def primals(ctx) -> list[Any]:
     """Saved tensors as this level's rule must see them: without this level's tangents."""
     return [None if t is None else fwAD.unpack_dual(t).primal for t in ctx.saved_tensors]
+
+
+def transformed() -> bool:
+    """Whether a level of forward mode or of torch.func is active."""
+    return fwAD._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None

@@ -34,7 +34,8 @@ class Problem(NamedTuple):
     """Operands in the primitive's shapes, and how to bring the answer back.
 
     ``lead`` are the batch dimensions of the answer, ``per_column`` says that every column is a
-    member of the batch (weights differ by column), ``vector`` that b was a vector.
+    member of the batch (weights differ by column), of which there are ``columns``; ``vector``
+    that b was a vector.
     """
 
     plan: Plan
@@ -46,11 +47,12 @@ class Problem(NamedTuple):
     lead: tuple[int, ...]
     per_column: bool
     vector: bool
+    columns: int
 
     def restore(self, x: Tensor) -> Tensor:
         """(n, k) or (B, n, k) -> (*lead, n) or (*lead, n, k)."""
         if self.per_column:
-            x = x.squeeze(-1).unflatten(0, (*self.lead, -1)).movedim(-2, -1)
+            x = x.squeeze(-1).unflatten(0, (*self.lead, self.columns)).movedim(-2, -1)
         elif self.lead:
             x = x.unflatten(0, self.lead)
         return x.squeeze(-1) if self.vector else x
@@ -58,7 +60,7 @@ class Problem(NamedTuple):
     def restore_info(self, info: Tensor) -> Tensor:
         """(k, i) or (B, k, i) -> (*lead, i) or (*lead, k, i)."""
         if self.per_column:
-            info = info.squeeze(-2).unflatten(0, (*self.lead, -1))
+            info = info.squeeze(-2).unflatten(0, (*self.lead, self.columns))
         elif self.lead:
             info = info.unflatten(0, self.lead)
         return info.squeeze(-2) if self.vector else info
@@ -252,6 +254,7 @@ def canonical(
         lead,
         per_column,
         vector,
+        k,
     )
 
 

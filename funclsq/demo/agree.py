@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from funclsq import Sparse
-from funclsq.demo.learn import Tick, log_error
-from funclsq.demo.samples import Samples, Split
+from funclsq.demo.learn import log_error
+from funclsq.demo.samples import Samples, draw
 from funclsq.demo.terrain import LogWeights, Terrain
 from funclsq.validate import Report, Row, cross_check
 
-__all__ = ["PATCH", "against_jax", "against_oracles", "crop"]
+__all__ = ["against_jax", "against_oracles"]
 
-PATCH = (16, 20)  # rows and columns that dense oracles can afford
+_PATCH = (12, 16)  # rows and columns that dense oracles can afford
+_PATCH_SHARE = 0.2
 _TOLERANCE = 1e-9
 
 
@@ -29,30 +30,42 @@ def against_jax(
     tolerance: float | None = None,
     **settings: Any,
 ) -> Report:
-    """Compare the validation error and its gradient, the whole problem in both frameworks."""
-    title = f"the validation error of all {terrain.pattern.shape[1]:,} unknowns, torch and JAX"
+    """Compare the validation error and its gradient on the whole problem, torch with JAX.
+
+    Parameters
+    ----------
+    terrain, validation, classes, log_weights
+        The problem, and where it is differentiated.
+    tolerance : float, optional
+        The largest relative difference that passes; 1e-9 by default.
+    **settings
+        Passed to both ``lstsq``.
+    """
+    title = f"validation error and gradient, {terrain.pattern.shape[1]:,} unknowns: torch, JAX"
     if importlib.util.find_spec("jax") is None:
         note = "skipped: JAX is not installed. Install it with pip install 'funclsq[jax]'."
         return Report(title, (), (note,))
     groups = torch.from_numpy(terrain.groups(classes))
     leaves = LogWeights(*(t.clone().requires_grad_() for t in log_weights))
     error = log_error(terrain.surface(leaves, groups, **settings), validation)
-    slopes = torch.autograd.grad(error, leaves)
-    other, other_slopes = _jax_value_and_grad(terrain, validation, groups, log_weights, settings)
+    slopes = torch.autograd.grad(error, list(leaves))
+    theirs = _jax_value_and_grad(terrain, validation, groups, log_weights, settings)
+    names = ("value", *(f"gradient, {name}" for name in LogWeights._fields))
     held = _TOLERANCE if tolerance is None else tolerance
-    rows = [_row("error", error.detach(), other, held)]
-    for name, mine, theirs in zip(LogWeights._fields, slopes, other_slopes):
-        rows.append(_row(f"gradient, {name}", mine, theirs, held))
+    rows = (
+        _row(name, mine, their, held)
+        for name, mine, their in zip(names, (error.detach(), *slopes), theirs)
+    )
     return Report(title, tuple(rows))
 
 
 def _jax_value_and_grad(
     terrain: Terrain,
     validation: Samples,
-    groups: torch.Tensor,
+    groups: Tensor,
     log_weights: LogWeights,
     settings: dict[str, Any],
-) -> tuple[np.ndarray, list[np.ndarray]]:
+) -> list[np.ndarray]:
     """Write the validation error again, in JAX, and differentiate it there."""
     import jax
     import jax.numpy as jnp
@@ -65,8 +78,8 @@ def _jax_value_and_grad(
         A = flj.Sparse(terrain.pattern, values)
         surface = flj.lstsq(A, b, weights=weights, rank="full", **settings)
         total = 0.0
-        for s in np.unique(validation.survey):
-            part = validation.of(s)
+        for survey in np.unique(validation.survey):
+            part = validation.of(survey)
             mean_square = jnp.mean((surface[part.points] - part.heights) ** 2)
             total += len(part) * jnp.log(mean_square)
         return total / (2 * len(validation))
@@ -75,20 +88,28 @@ def _jax_value_and_grad(
         arrays = [jnp.asarray(t.numpy()) for t in (groups, terrain.values, terrain.b)]
         start = LogWeights(*(jnp.asarray(t.numpy()) for t in log_weights))
         error, slopes = jax.jit(jax.value_and_grad(log_error_jax))(start, *arrays)
-        return np.asarray(error), [np.asarray(t) for t in slopes]
+        return [np.asarray(t) for t in (error, *slopes)]
 
 
-def _row(quantity: str, mine: torch.Tensor, theirs: np.ndarray, tolerance: float) -> Row:
-    found, expected = mine.numpy(), np.asarray(theirs)
-    error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-    return Row(quantity, "torch", "jax", error, tolerance, "set for a whole problem; see --tol")
-
-
-def crop(heights: np.ndarray, split: Split, size: tuple[int, int] = PATCH) -> tuple[Any, Samples]:
-    raise NotImplementedError
+def _row(quantity: str, mine: Tensor, theirs: np.ndarray, tolerance: float) -> Row:
+    error = float(np.linalg.norm(mine.numpy() - theirs) / np.linalg.norm(theirs))
+    return Row(quantity, "torch", "jax", error, tolerance, "relative, of the whole array")
 
 
 def against_oracles(
-    shape: tuple[int, int], log_weights: LogWeights, tick: Tick | Callable[[str], None]
+    heights: np.ndarray, classes: np.ndarray, log_weights: LogWeights, **settings: Any
 ) -> Report:
-    raise NotImplementedError
+    """Cross-check x and its derivatives on a corner of the map, small enough for dense oracles."""
+    corner = tuple(slice(0, size) for size in _PATCH)
+    fit = draw(heights[corner], _PATCH_SHARE).fit
+    terrain = Terrain.assemble(_PATCH, fit)
+    # Classes are numbered for the whole map: keep that numbering, whichever occur in the corner.
+    groups = terrain.groups(classes[corner], count=log_weights.smoothness.shape[1])
+    weights = torch.cat([t.flatten() for t in log_weights]).exp()[torch.from_numpy(groups)]
+    return cross_check(
+        Sparse(terrain.pattern, terrain.values),
+        terrain.b,
+        weights=weights,
+        oracles=("closed form", "autodiff"),
+        **settings,
+    )

@@ -74,7 +74,7 @@ def descend(
     steps: int,
     tick: Tick,
     *,
-    surveys: bool = True,
+    surveys: bool,
     **settings: Any,
 ) -> Search:
     """Minimise the validation error over the log weights by L-BFGS.

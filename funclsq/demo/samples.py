@@ -21,7 +21,7 @@ class Survey(NamedTuple):
 
 
 # The reconstruction is told which survey a sample comes from, and nothing of its noise.
-SURVEYS = (Survey("new", 0.4, 5.0), Survey("old", 0.6, 40.0))
+SURVEYS = (Survey("new", 0.5, 5.0), Survey("old", 0.5, 60.0))
 
 
 @dataclasses.dataclass(frozen=True)

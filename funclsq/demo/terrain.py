@@ -97,9 +97,18 @@ class Terrain:
             np.concatenate(centre),
         )
 
-    def groups(self, classes: np.ndarray) -> np.ndarray:
-        """Number every row's weight among all (surveys, then kinds by classes)."""
-        smoothness = self.kind * (int(classes.max()) + 1) + classes.ravel()[self.centre]
+    def groups(self, classes: np.ndarray, count: int | None = None) -> np.ndarray:
+        """Number every row's weight among all: the surveys', then kinds by classes.
+
+        Parameters
+        ----------
+        classes : int array, shape (rows, columns)
+            Class of every grid point.
+        count : int, optional
+            How many classes there are; as many as occur unless given.
+        """
+        count = int(classes.max()) + 1 if count is None else count
+        smoothness = self.kind * count + classes.ravel()[self.centre]
         return np.concatenate([self.survey, len(SURVEYS) + smoothness])
 
     def surface(self, log_weights: LogWeights, groups: Tensor, **settings: Any) -> Tensor:

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from funclsq.solution import Method, Status
 from funclsq.solvers._descend import Quadratic, Rule, State, descend, spectral_bound
 from funclsq.solvers._progress import reporter
 from funclsq.solvers._protocol import Options, Raw
+from funclsq.solvers._verify import norms
 from funclsq.solvers.lsmr import prepare as prepare_lsmr
 from funclsq.solvers.svd import pad_rows
 
@@ -128,66 +130,74 @@ class _Stop:
     """
 
     def __init__(self, q: Quadratic, anorm: Tensor, options: Options, x: Tensor) -> None:
-        self.q, self.anorm, self.x = q, anorm, x.clone()
+        self.q, self.anorm, self.x = q, anorm.double().cpu().numpy(), x.clone()
         self.eps = torch.finfo(x.dtype).eps
         self.atol = 4 * self.eps if options.atol is None else options.atol
         self.btol = 4 * self.eps if options.btol is None else options.btol
-        self.cnorm = _norm(q.c)
-        self.gnorm: Any = 0.0 if q.g is None else _norm(q.g)
-        self.status = torch.full(self.cnorm.shape, -1, dtype=torch.int64, device=x.device)
-        self.iterations = torch.zeros_like(self.status)
-        self.first: Tensor | None = None
+        tight = self.atol <= 100 * self.eps
+        self.good = (
+            (Status.RESIDUAL_AT_EPS, Status.NORMAL_RESIDUAL_AT_EPS)
+            if tight
+            else (Status.RESIDUAL_SMALL, Status.NORMAL_RESIDUAL_SMALL)
+        )
+        self.consistent = q.g is None and q.d2 is None
+        self.damp = None if q.d2 is None else q.d2.sqrt().unsqueeze(-1)
+        self.cnorm = norms(q.c)
+        self.gnorm = np.zeros_like(self.cnorm) if q.g is None else norms(q.g)
+        self.code = np.full(self.cnorm.shape, -1)
+        self.count, self.since = np.zeros_like(self.code), np.zeros_like(self.code)
+        self.least = np.full(self.cnorm.shape, np.inf)
+        self.limit = self.least  # of ||s||, beyond which the iteration has gone astray
         self.rnorm = self.snorm = self.cnorm
+
+    @property
+    def status(self) -> Tensor:
+        """A Status per column."""
+        return torch.from_numpy(self.code).to(self.x.device)
+
+    @property
+    def iterations(self) -> Tensor:
+        """Steps made per column."""
+        return torch.from_numpy(self.count).to(self.x.device)
 
     def look(self, k: int, state: State, last: bool) -> bool:
         """Judge the state after k steps; True when every column is settled."""
-        x, r, s = state
-        rnorm, snorm, xnorm = _norm(r), _norm(s), _norm(x)
+        x = state.x
+        rnorm, snorm, xnorm = norms(state.r), norms(state.s), norms(x)
         self.rnorm, self.snorm = rnorm, snorm
-        if self.first is None:
-            self.first, self.least, self.since = snorm, snorm, torch.zeros_like(self.status)
-        whole = rnorm
-        if self.q.d2 is not None:
-            whole = torch.hypot(rnorm, _norm(self.q.d2.sqrt().unsqueeze(-1) * x))
-        fell = snorm < self.least
-        self.least = torch.where(fell, snorm, self.least)
-        self.since = torch.where(fell, 0, self.since + 1)
-        level = self.anorm * (whole + self.anorm * xnorm) + self.gnorm
-        stuck = (self.since >= _PATIENCE) & (snorm <= 16 * self.eps * level)
-        small = snorm <= self.atol * (self.anorm * whole + self.gnorm)
-        zero = rnorm <= self.btol * self.cnorm + self.atol * self.anorm * xnorm
-        if self.q.g is not None or self.q.d2 is not None:
-            zero = torch.zeros_like(zero)
-        tight = self.atol <= 100 * self.eps
-        verdict = torch.full_like(self.status, int(Status.MAXITER) if last else -1)
-        grown = ~(snorm <= self.first / self.eps)
-        for test, code in (
-            (grown, Status.DIVERGED),
-            (stuck, Status.NORMAL_RESIDUAL_AT_EPS),
-            (small, Status.NORMAL_RESIDUAL_AT_EPS if tight else Status.NORMAL_RESIDUAL_SMALL),
-            (zero, Status.RESIDUAL_AT_EPS if tight else Status.RESIDUAL_SMALL),
-            (snorm == 0, Status.START_SOLVES if k == 0 else Status.NORMAL_RESIDUAL_AT_EPS),
-        ):
-            verdict = torch.where(test, int(code), verdict)
-        new = (self.status < 0) & (verdict >= 0)
-        if bool(new.any()):
-            self.status = torch.where(new, verdict, self.status)
-            self.iterations = torch.where(new, k, self.iterations)
-            self.x = torch.where(new.unsqueeze(-2), x, self.x)
-        return bool((self.status >= 0).all())
-
-
-def _norm(t: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(t, dim=-2)
+        if k == 0:
+            self.limit = snorm / self.eps
+        self.since = np.where(snorm < self.least, 0, self.since + 1)
+        self.least = np.minimum(self.least, snorm)
+        whole = rnorm if self.damp is None else np.hypot(rnorm, norms(self.damp * x))
+        anorm, axnorm = self.anorm, self.anorm * xnorm
+        at_rest = snorm <= self.atol * (anorm * whole + self.gnorm)
+        noise = 16 * self.eps * (anorm * (whole + axnorm) + self.gnorm)
+        stuck = (self.since >= _PATIENCE) & (snorm <= noise)
+        fits = self.consistent & (rnorm <= self.btol * self.cnorm + self.atol * axnorm)
+        astray = ~(snorm <= self.limit)
+        if not (last or (at_rest | stuck | fits | astray).any()):
+            return False
+        verdict = np.full(self.code.shape, int(Status.MAXITER) if last else -1)
+        verdict[astray] = Status.DIVERGED
+        verdict[stuck] = Status.NORMAL_RESIDUAL_AT_EPS
+        verdict[at_rest] = self.good[1]
+        verdict[fits] = self.good[0]
+        verdict[(snorm == 0) & (k == 0)] = Status.START_SOLVES
+        new = (self.code < 0) & (verdict >= 0)
+        if new.any():
+            self.code[new], self.count[new] = verdict[new], k
+            self.x = torch.where(torch.from_numpy(new).to(x.device).unsqueeze(-2), x, self.x)
+        return bool((self.code >= 0).all())
 
 
 def _told(k: int, stop: _Stop, state: State) -> dict[str, Any]:
     """What a callback is given."""
     return {
         "iteration": k,
-        "active": (stop.status < 0).cpu().numpy(),
-        "residual_norm": stop.rnorm.double().cpu().numpy(),
-        "normal_residual_norm": stop.snorm.double().cpu().numpy(),
+        "active": stop.code < 0,
+        "residual_norm": stop.rnorm,
+        "normal_residual_norm": stop.snorm,
         "x": state.x,
     }
 

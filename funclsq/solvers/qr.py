@@ -7,8 +7,9 @@ Tall B = Q R (with the damping rows stacked below A):
 Wide B: B^H = Q R, so B^+ c = Q R^-H c and (B^H B)^+ g = Q R^-H R^-1 Q^H g.
 
 Rank. The columns of R (its rows' duals for wide B) are first divided by their norms, so that a
-mere difference of units is no rank deficiency. ||R||_F ||R^-1||_F bounds the condition number
-from above; where it stays below 1 / rcond the rank is full and the triangular solves are used.
+mere difference of units is no rank deficiency; one shorter than rcond times the longest counts
+as zero (``scale=True`` keeps it). ||R||_F ||R^-1||_F bounds the condition number from above;
+where it stays below 1 / rcond the rank is full and the triangular solves are used.
 Otherwise the singular values of the scaled R are counted, and the minimum-norm solution comes
 from the SVD of R cut at that rank.
 """
