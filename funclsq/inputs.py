@@ -221,9 +221,14 @@ def canonical(
     w, w_lead, per_column = _weights(weights, b, m, k, vector, name)
     d2, d_lead, damped = _damp(damp, b, n, name)
     start = _start(x0, b, n, k, vector, name)
-    lead = torch.broadcast_shapes(
-        lead_a, block.shape[:-2], w_lead, d_lead, () if start is None else start.shape[:-2]
-    )
+    leads = {
+        "A": lead_a,
+        "b": tuple(block.shape[:-2]),
+        "weights": w_lead,
+        "damp": d_lead,
+        "x0": () if start is None else tuple(start.shape[:-2]),
+    }
+    lead = _common_batch(leads, name)
     full = lead if not per_column else (*lead, k)
     if per_column:
         block = block.movedim(-1, -2).unsqueeze(-1)
@@ -256,6 +261,17 @@ def canonical(
         vector,
         k,
     )
+
+
+def _common_batch(leads: dict[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
+    try:
+        return torch.broadcast_shapes(*leads.values())
+    except RuntimeError:
+        given = ", ".join(f"{shape} of {what}" for what, shape in leads.items() if shape)
+        raise ValueError(
+            f"{name}: the batch dimensions must broadcast with each other; got {given}. Make them "
+            "equal, or 1 where an operand is shared."
+        ) from None
 
 
 def _flat(t: Any, lead: tuple[int, ...], core: int) -> Any:
@@ -333,7 +349,10 @@ def _require_real_like(t: Tensor, b: Tensor, what: str, name: str) -> None:
             f"{t.dtype}. Convert it with .to({_real(b.dtype)})."
         )
     if t.device != b.device:
-        raise ValueError(f"{name}: {what} must be on the device of b, {b.device}; got {t.device}.")
+        raise ValueError(
+            f"{name}: {what} must be on the device of b, {b.device}; got {t.device}. Move one with "
+            f".to({str(b.device)!r})."
+        )
 
 
 def _require_not_negative(t: Tensor, what: str, name: str) -> None:

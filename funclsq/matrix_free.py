@@ -119,9 +119,9 @@ class MatrixFreeStructure:
         dims = tuple(0 if p.ndim > d else None for p, d in zip(params, self.param_ndims))
         if all(d is None for d in dims):
             if v.ndim == 3:
-                folded = v.movedim(0, 1).reshape(v.shape[1], -1)
-                out = self.call(f, params, folded, rows)
-                return out.reshape(rows, v.shape[0], -1).movedim(1, 0)
+                count, _, k = v.shape
+                out = self.call(f, params, v.movedim(0, 1).flatten(1), rows)
+                return out.reshape(rows, count, k).movedim(1, 0)
             single = v.shape[-1] == 1
             out = f(params, v[:, 0] if single else v)
             want = (rows,) if single else (rows, v.shape[-1])

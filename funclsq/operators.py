@@ -105,7 +105,7 @@ def csr_to_entries(pattern: SparsityPattern, csr_values: Tensor) -> Tensor:
 def sddmm(pattern: SparsityPattern, U: Tensor, V: Tensor, batched: bool) -> Tensor:
     """sum_k U[row, k] conj(V[col, k]) at each entry; summed over members unless ``batched``."""
     if U.ndim == 3 and not batched:
-        U, V = (t.movedim(0, 1).reshape(t.shape[1], -1) for t in (U, V))
+        U, V = (t.movedim(0, 1).flatten(1) for t in (U, V))
     if U.ndim == 2:
         out = sddmm_csr(_csr(pattern, U.dtype, U.device), U, V)
     else:
@@ -172,8 +172,9 @@ class SparseOp:
         if self.batch is None:
             if X.ndim == 2:
                 return csr_mm(matrix(), X, out)
-            folded = X.movedim(0, 1).reshape(X.shape[1], -1)
-            result = csr_mm(matrix(), folded).reshape(size, X.shape[0], -1).movedim(1, 0)
+            count, rows, k = X.shape
+            folded = X.movedim(0, 1).reshape(rows, count * k)
+            result = csr_mm(matrix(), folded).reshape(size, count, k).movedim(1, 0)
         else:
             X = X.expand(self.batch, *X.shape[-2:])
             k = X.shape[-1]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from funclsq.errors import ConvergenceError, ConvergenceWarning
 from funclsq.operators import Operator
+from funclsq.range import exponent, extreme, moderate, power, representable, safe_norm, shifted
 from funclsq.solution import Status, describe
 from funclsq.solvers import registry
 from funclsq.solvers._protocol import Options, Prepared
@@ -110,6 +111,7 @@ class _Entry:
     op: Operator
     prepared: Prepared
     lock: threading.RLock
+    shift: Tensor | None = None  # the method was prepared for 2^shift [W^(1/2) A; D]
 
     @property
     def nbytes(self) -> int:
@@ -149,11 +151,18 @@ def _prepare(plan: Plan, params: tuple[Tensor, ...], w: Tensor | None, d2: Tenso
             return entry
     kept = tuple(None if t is None else t.detach().clone() for t in data)
     op = plan.structure.bind(kept[: len(params)])
-    weighted = op if w is None else op.scaled(row=w.sqrt())
+    root = None if w is None else w.sqrt()
     damp = None if d2 is None else d2.sqrt()
+    weighted = op if root is None else op.scaled(row=root)
+    shift = _shift(plan, weighted, damp)
+    if shift is not None:
+        alpha = power(shift, _real_dtype(op.dtype)).unsqueeze(-1)
+        weighted = op.scaled(row=alpha.expand(*alpha.shape[:-1], op.shape[0]))
+        weighted = weighted if root is None else weighted.scaled(row=root)
+        damp = None if damp is None else damp * alpha
     full = plan.full_rank or (d2 is not None and bool((d2 > 0).all()))
     prepared = registry.prepare(weighted, damp, plan.options, full)
-    entry = _Entry(key, kept, op, prepared, threading.RLock())
+    entry = _Entry(key, kept, op, prepared, threading.RLock(), shift)
     with _lock:
         _prepared[next(_counter)] = entry
         total = sum(e.nbytes for e in _prepared.values())
@@ -161,6 +170,21 @@ def _prepare(plan: Plan, params: tuple[Tensor, ...], w: Tensor | None, d2: Tenso
             _, old = _prepared.popitem(last=False)
             total -= old.nbytes
     return entry
+
+
+def _shift(plan: Plan, op: Operator, damp: Tensor | None) -> Tensor | None:
+    """Exponent, () or (B,), that brings [W^(1/2) A; D] to about one; None if it is moderate."""
+    entries = getattr(op, "csr_values", getattr(op, "A", None))
+    if entries is None or entries.numel() == 0 or plan.options.step is not None:
+        return None
+    core = 1 if hasattr(op, "csr_values") else 2
+    e = exponent(entries, tuple(range(-core, 0)))
+    if damp is not None and damp.numel():
+        own = exponent(damp, (-1,))
+        own = own.amax() if own.ndim > e.ndim else own
+        e = torch.where(own == 0, e, torch.where(e == 0, own, torch.maximum(e, own)))
+    real = _real_dtype(op.dtype)
+    return representable(-e, real) if extreme(e, real) else None
 
 
 def pin(plan: Plan, params: tuple[Tensor, ...], w: Tensor | None, d2: Tensor | None) -> _Entry:
@@ -244,12 +268,16 @@ def _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x):
     weighted = c if c is None or w is None else c * w.sqrt().unsqueeze(-1)
     adjoint = getattr(entry.prepared, "adjoint", None)
     if not need_x and c is None and w is None and adjoint is not None:
+        _, g, e, _ = _in_range(entry.shift, None, g)
         result = adjoint(g)  # one Krylov run gives A G^+ g, a second one would give G^+ g
-        ax = result.x
+        ax = result.x if e is None else shifted(result.x, e)
         x = some.new_zeros((*ax.shape[:-2], n, ax.shape[-1]))
         result = result._replace(x=x)
     else:
-        result = entry.prepared.solve(weighted, g)
+        c_in, g_in, _, back = _in_range(entry.shift, weighted, g)
+        result = entry.prepared.solve(c_in, g_in)
+        if back is not None:
+            result = result._replace(x=shifted(result.x, back))
         x = result.x
         ax = entry.op.mv(x)
     info = _info(entry, result, w, d2, c, g, ax, norms, real)
@@ -259,6 +287,24 @@ def _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x):
         x, ax = (t.unflatten(1, (*lead, -1)).movedim(1, 0) for t in (x, ax))
         info = info.unflatten(0, (*lead, -1))
     return x.contiguous(), ax.contiguous(), info
+
+
+def _in_range(shift: Tensor | None, c: Tensor | None, g: Tensor | None) -> tuple[Any, ...]:
+    """gamma c and alpha gamma g, and the exponents of 1 / gamma and of alpha / gamma."""
+    some: Any = c if c is not None else g
+    if shift is None and all(t is None or moderate(t) for t in (c, g)):
+        return c, g, None, None
+    a = torch.zeros((), dtype=torch.int32, device=some.device) if shift is None else shift
+    a = a[..., None, None]
+    sizes = []
+    if c is not None:
+        sizes.append(exponent(c, (-2,)).unsqueeze(-2))
+    if g is not None:
+        own = exponent(g, (-2,)).unsqueeze(-2)
+        sizes.append(torch.where(own == 0, own, own + a))
+    e = sizes[0] if len(sizes) == 1 else torch.maximum(*torch.broadcast_tensors(*sizes))
+    c = None if c is None else shifted(c, -e)
+    return c, None if g is None else shifted(g, a - e), e, a + e
 
 
 def _skipped(some, lead, m, n, k, real):
@@ -287,14 +333,13 @@ def _info(entry, result, w, d2, c, g, ax, norms, real):
     if norms:
         r = -ax if c is None else c - ax
         weighted = r if w is None else r * w.unsqueeze(-1)
-        square = (r.abs() ** 2) if w is None else (weighted * r.conj()).real
-        info[..., 2] = square.sum(-2).sqrt()
+        info[..., 2] = safe_norm(r if w is None else r * w.sqrt().unsqueeze(-1))
         normal = entry.op.rmv(weighted)
         if g is not None:
             normal = normal + g
         if d2 is not None:
             normal = normal - d2.unsqueeze(-1) * x
-        info[..., 3] = torch.linalg.vector_norm(normal, dim=-2)
+        info[..., 3] = safe_norm(normal)
     else:
         info[..., 2:4] = torch.nan
     prepared = entry.prepared
@@ -311,7 +356,7 @@ def _info(entry, result, w, d2, c, g, ax, norms, real):
             info[..., slot] = value.unsqueeze(-1) if value.ndim else value
     if not norms:
         return info
-    bad = ~torch.isfinite(x).all(-2)
+    bad = ~(torch.isfinite(x).all(-2) & torch.isfinite(info[..., 2]))
     info[..., 0] = torch.where(bad, float(Status.NONFINITE), info[..., 0])
     return info
 
@@ -331,7 +376,9 @@ def _check_finite(plan, params, w, d2, c, g) -> None:
                 count = int((~torch.isfinite(t)).sum())
                 raise ValueError(
                     f"lstsq: {shown} must be finite; got {count} NaN or Inf "
-                    f"{'entry' if count == 1 else 'entries'}. Drop or repair them, or give a row "
+                    f"{'entry' if count == 1 else 'entries'}"
+                    f"{' in b - A x0 (b alone without x0)' if shown == 'b' else ''}. "
+                    "Drop or repair them, or give a row "
                     "weight 0 and a finite value (check_finite=False skips this check)."
                 )
     if w is not None and bool((w < 0).any()):

@@ -171,7 +171,7 @@ def test_soak(cpus):
         import jax, jax.numpy as jnp, numpy as np
         import funclsq as fl, funclsq.jax as flj
 
-        m, n = 250_000, 8
+        m, n = 60_000, 8
         row = np.repeat(np.arange(m), 2)
         col = np.stack([np.arange(m) % n, (np.arange(m) // n) % n], 1).reshape(-1)
         S = fl.SparsityPattern(row, col, (m, n))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -97,9 +98,25 @@ def _row(quantity: str, mine: Tensor, theirs: np.ndarray, tolerance: float) -> R
 
 
 def against_oracles(
-    heights: np.ndarray, classes: np.ndarray, log_weights: LogWeights, **settings: Any
+    heights: np.ndarray,
+    classes: np.ndarray,
+    log_weights: LogWeights,
+    oracles: Sequence[str],
+    **settings: Any,
 ) -> Report:
-    """Cross-check x and its derivatives on a corner of the map, small enough for dense oracles."""
+    """Cross-check x and its derivatives on a corner of the map, small enough for dense oracles.
+
+    Parameters
+    ----------
+    heights, classes : array, shape (rows, columns)
+        Of the whole map.
+    log_weights : LogWeights
+        Where everything is differentiated.
+    oracles : sequence of str
+        Some of :data:`funclsq.validate.ORACLES`.
+    **settings
+        Passed to :func:`funclsq.validate.cross_check`.
+    """
     corner = tuple(slice(0, size) for size in _PATCH)
     fit = draw(heights[corner], _PATCH_SHARE).fit
     terrain = Terrain.assemble(_PATCH, fit)
@@ -110,6 +127,6 @@ def against_oracles(
         Sparse(terrain.pattern, terrain.values),
         terrain.b,
         weights=weights,
-        oracles=("closed form", "autodiff"),
+        oracles=oracles,
         **settings,
     )

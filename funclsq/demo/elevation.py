@@ -6,9 +6,13 @@ import dataclasses
 
 import numpy as np
 
-__all__ = ["CROP", "Elevation", "load"]
+__all__ = ["CROP", "MISSING", "Elevation", "load"]
 
 CROP = (slice(90, 218), slice(130, 290))  # of --quick
+MISSING = (
+    "the elevation model and the picture need matplotlib, which is not installed. Install it with "
+    "pip install 'funclsq[plot]'."
+)
 _METRES_PER_DEGREE = 111_195.0
 
 
@@ -45,11 +49,8 @@ def load(*, quick: bool = False) -> Elevation:
     try:
         from matplotlib import cbook
     except ImportError:
-        raise ImportError(
-            "demo: the elevation model and the picture need matplotlib, which is not installed. "
-            "Install it with pip install 'funclsq[plot]'."
-        ) from None
-    with cbook.get_sample_data("jacksboro_fault_dem.npz") as data:
+        raise ImportError(MISSING) from None
+    with np.load(cbook.get_sample_data("jacksboro_fault_dem.npz", asfileobj=False)) as data:
         heights = data["elevation"].astype(np.float64)
         down = float(data["dy"]) * _METRES_PER_DEGREE
         right = float(data["dx"]) * _METRES_PER_DEGREE * np.cos(np.radians(float(data["ymax"])))

@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from funclsq.demo.run import CLASSES, Demo
+from funclsq.demo.elevation import MISSING
+from funclsq.demo.experiment import CLASSES, Demo
+from funclsq.demo.findings import errors
 from funclsq.demo.samples import SURVEYS
-from funclsq.demo.table import errors
 from funclsq.demo.terrain import KINDS
 
-__all__ = ["draw_picture"]
+__all__ = ["draw_picture", "require_plottable"]
 
 _COLOURS = "gist_earth"
 _ERROR = 100.0  # metres at the ends of the colour scale
+
+
+def require_plottable(path: str) -> None:
+    """Find out before long work whether a picture can be drawn.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    ValueError
+        If it does not know the format that the ending of ``path`` stands for.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise ImportError(MISSING) from None
+    known = FigureCanvasBase.get_supported_filetypes()
+    ending = Path(path).suffix.removeprefix(".").lower()
+    if ending not in known:
+        raise ValueError(
+            f"a picture's name must end in one of .{', .'.join(sorted(known))}; got "
+            f"{Path(path).name!r}. Use .png."
+        )
 
 
 def draw_picture(demo: Demo, path: str) -> None:
@@ -24,13 +49,12 @@ def draw_picture(demo: Demo, path: str) -> None:
     ------
     OSError
         If the file cannot be written.
-    ValueError
-        If matplotlib does not know the ending.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(15.6, 8.2), dpi=100, layout="constrained")
-    figure.get_layout_engine().set(wspace=0.02, hspace=0.04)
+    layout = ConstrainedLayoutEngine(wspace=0.02, hspace=0.04)
+    figure = Figure(figsize=(15.6, 8.2), dpi=100, layout=layout)
     grid = figure.add_gridspec(2, 5, width_ratios=(1, 1, 1, 1, 0.04))
     axes = [[figure.add_subplot(grid[i, j]) for j in range(4)] for i in range(2)]
     before, _, after = errors(demo)["true surface"]
@@ -86,14 +110,19 @@ def _samples(ax: Any, demo: Demo) -> None:
         )
     ax.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), aspect=down / right)
     ax.set_facecolor("0.2")
-    new, old = (f"{s.noise:g} m noise" for s in SURVEYS)
-    _bare(ax, f"{len(fit):,} samples: {new} (large), {old} (small)")
+    new, old = (f"{s.noise:g} m" for s in SURVEYS)
+    _bare(ax, f"{len(fit):,} samples, noise {new} (large) or {old}")
 
 
 def _error(ax: Any, demo: Demo, error: np.ndarray, title: str) -> Any:
     down, right = demo.elevation.spacing
     image = ax.imshow(
-        error, cmap="RdBu_r", vmin=-_ERROR, vmax=_ERROR, aspect=down / right, interpolation="nearest"
+        error,
+        cmap="RdBu_r",
+        vmin=-_ERROR,
+        vmax=_ERROR,
+        aspect=down / right,
+        interpolation="nearest",
     )
     _bare(ax, title)
     return image

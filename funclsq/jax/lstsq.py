@@ -257,15 +257,16 @@ def _report(call: Call, name: str, on_failure: str, x: Any, info: tuple[Any, ...
     return x
 
 
-def _failed(status: Any) -> Any:
+def _failed(status: Any, xp: Any = jnp) -> Any:
     """Whether any solve did not converge."""
-    good = functools.reduce(jnp.logical_or, (status == int(s) for s in Status if s.converged))
-    return jnp.logical_not(good.all())
+    good = functools.reduce(xp.logical_or, (status == int(s) for s in Status if s.converged))
+    return xp.logical_not(good.all())
 
 
 def _warn(*table: Any) -> None:
-    text = describe(*(np.asarray(t) for t in table))
-    warnings.warn(text, ConvergenceWarning, stacklevel=2)
+    table = tuple(np.asarray(t) for t in table)
+    if bool(_failed(table[0], np)):  # under vmap both branches of a cond run
+        warnings.warn(describe(*table), ConvergenceWarning, stacklevel=2)
 
 
 def _raise_if_failed(name: str, x: Any, info: tuple[Any, ...]) -> Any:

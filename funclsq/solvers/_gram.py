@@ -94,7 +94,7 @@ class Gram:
         if v.ndim == 2 and self.pairs <= MAX_PAIRS:
             place = np.full(n * n, -1)
             place[at] = self._pairs().place
-            return self._planned(v, place).reshape(-1, n, n)
+            return self._planned(v, place).reshape(len(v), n, n)
         out = np.zeros((*v.shape[:-1], n * n), dtype=v.dtype)
         out[..., at] = self.values(v)
         return out.reshape(*v.shape[:-1], n, n)

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from funclsq.range import safe_norm
+
 __all__ = [
     "ArrayScalars",
     "FloatScalars",
@@ -31,6 +33,11 @@ __all__ = [
 ]
 
 TINY = 1e-290  # a divisor below this would overflow; problems are scaled to norms of about 1
+
+
+def _safe(v: Tensor) -> tuple[float, float]:
+    """Between which no square that matters to a norm leaves the range."""
+    return (1e-15, 1e15) if v.dtype in (torch.float32, torch.complex64) else (1e-140, 1e140)
 
 
 class FloatScalars:
@@ -58,7 +65,9 @@ class FloatScalars:
 
     def norm(self, v: Tensor) -> float:
         """Return ||v||."""
-        return torch.linalg.vector_norm(v).item()
+        norm = torch.linalg.vector_norm(v).item()
+        low, high = _safe(v)
+        return norm if low < norm < high else safe_norm(v).item()
 
     def inner_norm(self, v: Tensor, w: Tensor) -> float:
         """Return (v^H w)^(1/2) for w = N v, N positive definite."""
@@ -115,6 +124,9 @@ class ArrayScalars:
     def norm(self, v: Tensor) -> np.ndarray:
         """Return ||v|| of each column."""
         norm = torch.linalg.vector_norm(v, dim=-2).numpy()
+        low, high = _safe(v)
+        if not ((norm > low) & (norm < high)).all():
+            norm = safe_norm(v).numpy()
         return norm if norm.dtype == np.float64 else norm.astype(np.float64)
 
     def inner_norm(self, v: Tensor, w: Tensor) -> np.ndarray:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from funclsq.range import safe_norm
 from funclsq.solution import Status
 from funclsq.solvers._golub_kahan import Inverse
 from funclsq.solvers._iterate import Report, Run, Targets, iterate
@@ -77,7 +78,7 @@ class Answer:
 
 def norms(v: Tensor) -> np.ndarray:
     """||v|| of each column, on the host in double precision."""
-    return torch.linalg.vector_norm(v, dim=-2).to(torch.float64).cpu().numpy()
+    return safe_norm(v).to(torch.float64).cpu().numpy()
 
 
 def solve_verified(
@@ -190,7 +191,8 @@ def _judge(answer: Answer, snorm: np.ndarray, targets: Targets, settings: Settin
     eps = settings.eps
     # With a preconditioner the estimate is of another norm; here columns are scaled to 1.
     anorm = answer.anorm if settings.inverse is None else np.ones_like(answer.anorm)
-    image = anorm * xnorm
+    with np.errstate(all="ignore"):
+        image = anorm * xnorm
     if targets.consistent and settings.inverse is None:  # an x beyond the limit explains nothing
         image = np.where(_grown(answer, targets), 0.0, image)
     scale = settings.atol * rnorm + eps * (rnorm + targets.bnorm + image)

@@ -4,6 +4,8 @@ In order:
 
 1. no entries at hand (matrix-free)                         lsmr
 2. dense, or small enough to be written out                 qr   (rank-revealing, batched)
+   (a batch of sparse ones with more than 8 columns is not: sparse products and small
+   factors of A^H A take 0.1 to 0.9 of its time there)
 3. sparse on a GPU                                          lsmr
 4. one right-hand side: at most 50 iterations of lsmr       lsmr, if they converge
 5. A^H A (or A A^H) too full for a sparse factor and large  lsmr
@@ -31,6 +33,7 @@ from funclsq.solvers.qr import prepare as prepare_qr
 __all__ = ["PreparedAuto", "prepare"]
 
 SMALL_ENTRIES = 1 << 14  # m n up to which one sparse matrix is written out for QR
+SMALL_BATCHED = 8  # min(m, n) up to which each matrix of a sparse batch is
 WRITABLE_ENTRIES = 1 << 25  # m n up to which a rank-deficient one is
 TRIAL_ITERATIONS = 50
 DENSE_GRAM = 0.15
@@ -50,6 +53,8 @@ def prepare(op: Operator, damp: Tensor | None, options: Options, full_rank: bool
 
 def _small(op: SparseOp, damp: Tensor | None) -> bool:
     m, n = op.shape
+    if op.device.type == "cpu" and (op.batch is not None or (damp is not None and damp.ndim == 2)):
+        return min(m, n) <= SMALL_BATCHED and m * n <= SMALL_ENTRIES
     if damp is not None:
         m += n
     return m * n <= SMALL_ENTRIES

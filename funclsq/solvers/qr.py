@@ -87,8 +87,10 @@ def prepare(
     if q == 0:
         return of_matrix(B, options, int(Method.qr))
     wide = m < n
-    Q, R = torch.linalg.qr(B.mH if wide else B)
     rcond = default_rcond(m, n, B.dtype) if options.rcond is None else options.rcond
+    Q, R = torch.linalg.qr(B.mH if wide else B)
+    if not bool(torch.isfinite(R).all()):  # LAPACK fails on columns at the end of the range
+        Q, R = torch.linalg.qr(_without_negligible(B.mH if wide else B, rcond))
     norms = torch.linalg.vector_norm(R, dim=-2, keepdim=True)
     floor = 0 if options.scale is True else rcond * norms.amax(-1, keepdim=True)
     scaled = torch.where(norms > floor, R / torch.where(norms > 0, norms, 1), 0)
@@ -112,6 +114,11 @@ def prepare(
     if wide:  # B = R^H Q^H = V S (Q U)^H
         return PreparedSVD(Vh.mH, s, Q @ U, rank, int(Method.qr))
     return PreparedSVD(Q @ U, s, Vh.mH, rank, int(Method.qr))
+
+
+def _without_negligible(B: Tensor, rcond: float) -> Tensor:
+    norms = torch.linalg.vector_norm(B, dim=-2, keepdim=True)
+    return torch.where(norms > rcond * norms.amax(-1, keepdim=True), B, 0)
 
 
 def _svdvals(R: Tensor) -> Tensor:

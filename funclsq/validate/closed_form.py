@@ -4,7 +4,7 @@ With G = A^H W A + D^2 and its pseudo-inverse G^+ (of fixed rank), four maps suf
 
     T c = G^+ A^H W c        T^H g = W A G^+ g        E g = G^+ g        N g = g - G^+ G g
 
-and x = x0 + T (b - A x0). Along a change of A, W and D^2 that keeps the rank they move by
+and x = x0 + T (b - A x0) = T b + E D^2 x0 + N x0. Along a change of A, W and D^2 that keeps the rank they move by
 
     T' c = -T A' y + E (A'^H W r + A^H W' r - (D^2)' y) + N A'^H T^H y,    y = T c,  r = c - A y
     E' g = -T A' z - E (A'^H T^H g + A^H W' A z + (D^2)' z) + E T A' n + N A'^H T^H z
@@ -12,7 +12,7 @@ and x = x0 + T (b - A x0). Along a change of A, W and D^2 that keeps the rank th
 
 and the gradient of Re <g, x> is, with z = E g, n = N g, y = x - x0, r = b - A x,
 
-    A: W r z^H - (T^H g) x^H + (T^H y) n^H      b: T^H g      x0: g - A^H T^H g
+    A: W r z^H - (T^H g) x^H + (T^H y) n^H      b: T^H g      x0: n + D^2 z
     weights: Re(conj(A z) r)                    damp^2: -Re(conj(z) y)
 
 whose derivative is the Hessian-vector product. How the maps are applied is given from outside:
@@ -31,7 +31,7 @@ import numpy as np
 from funclsq.validate.problem import Arrays, Problem
 from funclsq.validate.tangents import Directions
 
-__all__ = ["Maps", "evaluate", "gradient"]
+__all__ = ["Maps", "damping_sizes", "evaluate", "gradient"]
 
 
 class Maps(Protocol):
@@ -90,6 +90,26 @@ def gradient(problem: Problem, cotangent: np.ndarray, make_maps: Callable[..., M
     return _merged(problem, parts)
 
 
+def damping_sizes(
+    problem: Problem, d: Directions, make_maps: Callable[[Problem], Maps]
+) -> dict[str, float]:
+    """Return what ``vjp damp`` and ``hvp damp`` are sums of, without the signs.
+
+    z has a part in the null space of A and y has none, so that their product is far smaller
+    than its terms; no change of the data tells of that, but rounding does.
+    """
+    size = {"vjp damp": 0.0, "hvp damp": 0.0}
+    for columns, part in problem.column_problems():
+        p = _Point(part, make_maps(part), problem.only_x(columns, d.cotangent))
+        along = _Motion(p, problem.only(columns, d.tangents))
+        z, y = np.linalg.norm(p.z), np.linalg.norm(p.y)
+        z_dot, y_dot = np.linalg.norm(along.z), np.linalg.norm(along.y)
+        damp, move = np.abs(p.damp).max(initial=0), np.abs(along.damp).max(initial=0)
+        size["vjp damp"] += float(2 * damp * z * y)
+        size["hvp damp"] += float(2 * move * z * y + 2 * damp * (z_dot * y + z * y_dot))
+    return size
+
+
 class _Point:
     """x and all that the derivatives need, for the columns that share one matrix."""
 
@@ -99,9 +119,9 @@ class _Point:
         self.w, self.damp = problem.weights(), problem.damping()[:, None]
         A = self.A = maps.A
         self.x0 = np.broadcast_to(_block(problem.inputs.get("x0", 0 * self.g)), self.g.shape)
-        self.c = b - A @ self.x0
-        self.y = maps.T(self.c)
-        self.x = self.x0 + self.y
+        self.d2 = self.damp**2
+        self.x = maps.T(b) + maps.E(self.d2 * self.x0) + maps.N(self.x0)
+        self.y = self.x - self.x0
         self.r = b - A @ self.x
         self.z, self.n = maps.E(self.g), maps.N(self.g)
         self.q, self.u = maps.Th(self.g), maps.Th(self.y)
@@ -116,7 +136,7 @@ class _Point:
             "b": self.q,
             "damp": -2 * self.damp[:, 0] * _real_dot(self.z, self.y),
             "weights": _real_dot(self.az, self.r),
-            "x0": self.g - _adjoint(self.A) @ self.q,
+            "x0": self.n + self.d2 * self.z,
         }
 
     def at_entries(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -137,16 +157,22 @@ class _Motion:
         self.b = _block(along["b"]) if "b" in along else 0 * p.r
         self.Ah = _adjoint(self.A)
         T, E, N = p.maps.T, p.maps.E, p.maps.N
-        c = self.b - self.A @ p.x0 - p.A @ self.x0
-        back = self.Ah @ (p.w * p.r) + _adjoint(p.A) @ (self.w * p.r) - self.d2 * p.y
-        self.y = T(c - self.A @ p.y) + E(back) + N(self.Ah @ p.u)
-        self.x = self.x0 + self.y
+        back = (
+            p.d2 * self.x0 + self.Ah @ (p.w * p.r) + _adjoint(p.A) @ (self.w * p.r) - self.d2 * p.y
+        )
+        self.x = T(self.b - self.A @ p.x) + E(back) + N(self.Ah @ p.u + self.x0)
+        self.y = self.x - self.x0
+
+    @property
+    def z(self) -> np.ndarray:
+        """The derivative of z = E g."""
+        return self.moved_e(self.p.g, self.p.z, self.p.n, self.p.q)
 
     def gradient(self) -> Arrays:
         """Return the derivative of the point's gradient: a Hessian-vector product."""
         p, T, N = self.p, self.p.maps.T, self.p.maps.N
         r = self.b - self.A @ p.x - p.A @ self.x
-        z = self.moved_e(p.g, p.z, p.n, p.q)
+        z = self.z
         n = -T(self.A @ p.n) - N(self.Ah @ p.q)
         az = self.A @ p.z + p.A @ z
         q = self.w * p.az + p.w * az
@@ -166,7 +192,7 @@ class _Motion:
             "b": q,
             "damp": -2 * damp,
             "weights": _real_dot(az, p.r) + _real_dot(p.az, r),
-            "x0": -self.Ah @ p.q - _adjoint(p.A) @ q,
+            "x0": n + self.d2 * p.z + p.d2 * z,
         }
 
     def moved_e(self, g: Any, z: np.ndarray, n: np.ndarray, q: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from funclsq.validate.candidates import Candidate, default_candidates
-from funclsq.validate.closed_form import evaluate
+from funclsq.validate.closed_form import damping_sizes, evaluate
 from funclsq.validate.estimate import Estimate
 from funclsq.validate.intake import as_problem
 from funclsq.validate.maps_dense import DenseMaps
@@ -27,7 +27,8 @@ from funclsq.validate.tolerances import Sensitivity, floors, perturbation
 __all__ = ["ORACLES", "cross_check"]
 
 ORACLES = ("closed form", "autodiff", "differences", "50 digits")
-_PERTURBATIONS = 3
+_PERTURBATIONS, _PERTURBATIONS_LARGE = 10, 3  # where m n^2 is below, and above
+_CHEAP = 5_000_000
 _PROBES = 2
 
 
@@ -156,8 +157,12 @@ def _sensitivity(
         return found
 
     base = answers(problem)
-    moved = [answers(problem.perturbed(rng, size)) for _ in range(_PERTURBATIONS)]
+    m, n = problem.shape
+    times = _PERTURBATIONS if m * n * n <= _CHEAP else _PERTURBATIONS_LARGE
+    moved = [answers(problem.perturbed(rng, size)) for _ in range(times)]
     least = floors(problem, d, base, cond)
+    if "damp" in problem.inputs:
+        least |= damping_sizes(problem, d, maps)
     least["jvp of jvp"] = sum(
         float(np.linalg.norm(base[f"hvp {k}"]) * np.linalg.norm(t)) / np.sqrt(max(t.size, 1))
         for k, t in d.tangents.items()

@@ -72,7 +72,7 @@ class FactoredMaps:
     """
 
     def __init__(self, problem: Problem, factor: Any = None) -> None:
-        self.A = problem.scattered(problem.inputs["A"])
+        self.A = scipy.sparse.csr_array(problem.scattered(problem.inputs["A"]))
         self._root, d2 = np.sqrt(problem.weights()), problem.damping() ** 2
         B = (scipy.sparse.diags_array(self._root[:, 0]) @ self.A).tocsr()
         self.factor = factor or _factor(B, d2)
@@ -102,7 +102,7 @@ class FactoredMaps:
         f = np.zeros((m, k), self._B.dtype) if f is None else f.astype(self._B.dtype)
         h = np.zeros((n, k), self._B.dtype) if h is None else h.astype(self._B.dtype)
         s, y = np.zeros_like(f), np.zeros_like(h)
-        size = last = np.inf
+        size, last, first = np.inf, np.inf, 0.0
         for _ in range(_SWEEPS):
             top = f - s - self._B @ y
             bottom = h - self._Bh @ s + self._d2 * y
@@ -110,7 +110,9 @@ class FactoredMaps:
             s_step = top - self._B @ y_step
             s, y = s + s_step, y + y_step
             last, size = size, max(_ratio(s_step, s, f), _ratio(y_step, y))
-            if size < _EPS or (size > last / 2 and last < 1e-3):
+            first = first or _norm(y_step)
+            diverges = _norm(y_step) > 1e4 * first
+            if size < _EPS or diverges or (size > last / 2 and last < 1e-3):
                 break
         if size < 1e3 * _EPS:
             return self._rounded(s), self._rounded(y)
@@ -145,7 +147,7 @@ class KrylovMaps:
     """The maps by SciPy's LSMR, run to rounding; for A of any rank, well conditioned on it."""
 
     def __init__(self, problem: Problem) -> None:
-        self.A = problem.scattered(problem.inputs["A"])
+        self.A = scipy.sparse.csr_array(problem.scattered(problem.inputs["A"]))
         self._root = np.sqrt(problem.weights())
         rows = [scipy.sparse.diags_array(self._root[:, 0]) @ self.A]
         if problem.damping().any():
@@ -183,5 +185,9 @@ def _min_norm(A: Any, rhs: np.ndarray) -> np.ndarray:
 
 def _ratio(step: np.ndarray, *whole: np.ndarray) -> float:
     """Return the norm of a step over the largest norm of what it changes."""
-    top, *below = (float(np.linalg.norm(a.astype(np.complex128))) for a in (step, *whole))
-    return top / max(below) if top else 0.0
+    top = _norm(step)
+    return top / max(_norm(a) for a in whole) if top else 0.0
+
+
+def _norm(a: np.ndarray) -> float:
+    return float(np.linalg.norm(a.astype(np.complex128)))

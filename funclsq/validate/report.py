@@ -149,7 +149,8 @@ def _lines(report: Report) -> list[str]:
         cells = [_cell(found.get(oracle), common) for oracle in oracles]
         good = all(row.passed for row in found.values())
         body.append([quantity, candidate, *cells, f"{common:.0e}", "ok" if good else "FAIL"])
-    text = [report.title, "=" * min(len(report.title), _WIDTH), *_table([header, *body])]
+    title = textwrap.wrap(report.title, _WIDTH) or [""]
+    text = [*title, "=" * max(map(len, title)), *_table([header, *body])]
     for row in report.failures[:_SHOWN]:
         text.extend(_wrap("FAIL", f"{row.quantity} of {row.candidate}: {_say(row)}"))
     if len(report.failures) > _SHOWN:
@@ -183,11 +184,12 @@ def _cell(row: Row | None, common: float) -> str:
 
 def _table(cells: list[list[str]]) -> list[str]:
     widths = [max(len(line[j]) for line in cells) for j in range(len(cells[0]))]
-    text = []
+    wide = sum(widths) + 2 * len(widths) - 2 > _WIDTH
+    gap, text = " " if wide else "  ", []
     for line in cells:
         left = [cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)]
         right = [cell.rjust(width) for cell, width in zip(line[2:-1], widths[2:-1], strict=True)]
-        text.append("  ".join([*left, *right, line[-1]]).rstrip())
+        text.append(gap.join([*left, *right, line[-1]]).rstrip())
     text.insert(1, "-" * max(len(line) for line in text))
     return [*text, ""]
 

@@ -109,9 +109,8 @@ def floors(problem: Problem, d: Directions, base: Arrays, cond: float) -> dict[s
         w = problem.weights()
         inverse = np.divide(1, w, out=np.zeros_like(w), where=w > 0)
         fit = np.abs(b) + np.abs(problem.scattered(np.abs(problem.inputs["A"])) @ np.abs(x))
-        out["vjp weights"] = float(
-            np.linalg.norm(np.abs(base["vjp b"]).reshape(m, -1) * fit * inverse)
-        )
+        az = np.maximum(np.abs(base["vjp b"]).reshape(m, -1), out["vjp b"] / max(b.size, 1) ** 0.5)
+        out["vjp weights"] = float(np.linalg.norm(az * fit * inverse))
         out["jvp weights"] = size["x"]
     rates = [
         size[f"hvp {k}"] / size[f"vjp {k}"]

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from funclsq.demo import agree
 from funclsq.demo.elevation import Elevation, load
 from funclsq.demo.learn import Search, descend, start_from, try_one_weight
 from funclsq.demo.samples import Split, draw
-from funclsq.demo.terrain import Terrain, classes
+from funclsq.demo.terrain import LogWeights, Terrain, classes
 from funclsq.validate import Report
 
 __all__ = ["CLASSES", "Demo", "count_ticks", "run"]
@@ -24,12 +22,12 @@ __all__ = ["CLASSES", "Demo", "count_ticks", "run"]
 CLASSES = ("flat", "rolling", "steep")
 _LEVELS = (1 / 3, 2 / 3)
 _STRENGTHS = np.logspace(-3, 1.5, 10)
-_STEPS = 10
+_STEPS = (8, 10)  # solves to learn the smoothness weights, then all weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """What was measured, reconstructed and found out; see :mod:`funclsq.demo.table`.
+    """What was measured, reconstructed and found out; see :mod:`funclsq.demo.findings`.
 
     ``single`` is the best single weight, ``smooth`` has the smoothness weights learnt, ``both``
     those and the surveys'.
@@ -59,7 +57,7 @@ class Demo:
 
 def count_ticks() -> int:
     """How often :func:`run` calls ``tick``."""
-    return len(_STRENGTHS) + 2 * _STEPS + 2
+    return len(_STRENGTHS) + sum(_STEPS) + 2
 
 
 def run(
@@ -76,7 +74,7 @@ def run(
     Parameters
     ----------
     quick : bool
-        Only a crop of the map.
+        Only a crop of the map, and one oracle instead of two.
     seed : int
         Of the samples: where they are, their survey, their noise.
     tolerance : float, optional
@@ -95,16 +93,22 @@ def run(
     terrain = Terrain.assemble(elevation.shape, split.fit)
     single = try_one_weight(terrain, split.validation, _STRENGTHS, tick, **settings)
     steepness = classes(single.surface.numpy().reshape(elevation.shape), _LEVELS)
-    learn = functools.partial(descend, terrain, split.validation, steepness, **settings)
-    start = start_from(single.log_weights, len(CLASSES))
-    smooth = learn(start, _STEPS, tick, surveys=False)
-    both = learn(smooth.log_weights, _STEPS, tick, surveys=True)
+
+    def learn(start: LogWeights, steps: int, surveys: bool) -> Search:
+        judge = split.validation
+        return descend(terrain, judge, steepness, start, steps, tick, surveys=surveys, **settings)
+
+    smooth = learn(start_from(single.log_weights, len(CLASSES)), _STEPS[0], surveys=False)
+    both = learn(smooth.log_weights, _STEPS[1], surveys=True)
     tick("torch against JAX")
     whole = agree.against_jax(
         terrain, split.validation, steepness, both.log_weights, tolerance, **settings
     )
     tick("both against oracles")
-    patch = agree.against_oracles(elevation.heights, steepness, both.log_weights, **settings)
+    oracles = ("closed form",) if quick else ("closed form", "autodiff")
+    patch = agree.against_oracles(
+        elevation.heights, steepness, both.log_weights, oracles, **settings
+    )
     return Demo(
         elevation,
         split,

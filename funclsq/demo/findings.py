@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from funclsq.demo.run import CLASSES, Demo
+from funclsq.demo.experiment import CLASSES, Demo
 from funclsq.demo.samples import SURVEYS
 from funclsq.demo.terrain import KINDS
 

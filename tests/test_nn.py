@@ -1,0 +1,143 @@
+"""Least squares as torch modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.func import functional_call
+
+import funclsq as fl
+from funclsq.nn import LeastSquares, Objective
+
+F64 = torch.float64
+
+
+@pytest.fixture
+def problem():
+    return torch.randn(12, 4, dtype=F64), torch.randn(12, 2, dtype=F64)
+
+
+def kinds(A):
+    S = fl.Sparse.from_torch(A.to_sparse_coo())
+    return {
+        "dense": A,
+        "numpy": A.numpy(),
+        "coo": A.to_sparse_coo(),
+        "csr": A.to_sparse_csr(),
+        "sparse": S,
+        "scipy": S.to_scipy(),
+        "operator": fl.LinearOperator(lambda p, v: p[0] @ v, A.shape, (A,)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["dense", "numpy", "coo", "csr", "sparse", "scipy", "operator"])
+def test_the_layer_is_lstsq(problem, kind):
+    A, b = problem
+    damp, weights = torch.rand(4, dtype=F64), torch.rand(12, dtype=F64)
+    x0 = torch.randn(4, 2, dtype=F64)
+    given = {"damp": damp, "weights": weights, "x0": x0}
+    layer = LeastSquares(kinds(A)[kind], b, trainable=("A", "b", "damp", "weights", "x0"), **given)
+    torch.testing.assert_close(layer(), fl.lstsq(A, b, **given))
+    torch.testing.assert_close(layer(2 * b), fl.lstsq(A, 2 * b, **given))
+    assert bool(layer.solve().converged.all())
+    layer().square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in layer.parameters())
+    assert len(list(layer.parameters())) == 5
+    x = torch.randn(4, 2, dtype=F64)
+    rows = weights[:, None] * (A @ x - b) ** 2
+    pull = (damp[:, None] * (x - x0)) ** 2
+    torch.testing.assert_close(layer.objective(x), rows.sum() + pull.sum())
+    assert "(12, 4)" in repr(layer)
+
+
+def test_frozen_by_default(problem):
+    A, b = problem
+    layer = LeastSquares(A, b)
+    assert not list(layer.parameters())
+    assert set(layer.state_dict()) == {"A", "b", "damp"}
+    again = LeastSquares(torch.zeros_like(A), torch.zeros_like(b))
+    again.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(again(), layer())
+    assert LeastSquares(A, b).to(torch.float32)(b.float()).dtype == torch.float32
+
+
+def test_damp_learnt_across_zero(problem):
+    A, b = problem
+    target = fl.lstsq(A, b, damp=1.5)
+    layer = LeastSquares(A, b, damp=-0.3, trainable="damp")
+    optimiser = torch.optim.LBFGS(layer.parameters(), max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimiser.zero_grad()
+        loss = ((layer() - target) ** 2).sum()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    assert abs(abs(float(layer.damp.detach())) - 1.5) < 1e-4
+
+
+def test_functional_call_and_transforms(problem):
+    A, b = problem
+    layer = LeastSquares(A, trainable="A")
+
+    def loss(params, b):
+        return functional_call(layer, params, (b,)).square().sum()
+
+    grads = torch.func.grad(loss)(dict(layer.named_parameters()), b)
+    want = torch.func.grad(lambda A: fl.lstsq(A, b).square().sum())(A)
+    torch.testing.assert_close(grads["A"], want)
+    many = {"A": torch.stack([A, 2 * A])}
+    losses = torch.func.vmap(loss, in_dims=({"A": 0}, None))(many, b)
+    torch.testing.assert_close(losses[1], loss({"A": 2 * A}, b))
+
+
+OPTIMISERS = {
+    "SGD": (lambda p: torch.optim.SGD(p, lr=0.02), 400),
+    "momentum": (lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.5), 200),
+    "Adam": (lambda p: torch.optim.Adam(p, lr=0.1), 600),
+    "LBFGS": (lambda p: torch.optim.LBFGS(p, line_search_fn="strong_wolfe"), 5),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_any_optimiser_drives_the_objective_to_the_solution(problem, name):
+    A, b = problem
+    make, steps = OPTIMISERS[name]
+    loss = Objective(LeastSquares(A, b, damp=0.5, weights=torch.rand(12, dtype=F64) + 0.5))
+    optimiser = make([loss.x])
+
+    def closure():
+        optimiser.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    for _ in range(steps):
+        optimiser.step(closure)
+    tolerance = 1e-3 if name == "Adam" else 1e-5
+    torch.testing.assert_close(loss.x.detach(), loss.problem(), rtol=0, atol=tolerance)
+
+
+def test_objective_starts_at_x0_and_takes_columns_and_vectors(problem):
+    A, b = problem
+    x0 = torch.randn(4, dtype=F64)
+    loss = Objective(LeastSquares(A, b[:, 0], x0=x0))
+    torch.testing.assert_close(loss.x.detach(), x0)
+    grad = torch.autograd.grad(loss(), loss.x)[0]
+    torch.testing.assert_close(grad, 2 * A.T @ (A @ x0 - b[:, 0]))
+    start = torch.ones(4, dtype=F64)
+    assert torch.equal(Objective(LeastSquares(A, b[:, 0]), start).x.detach(), start)
+    assert Objective(LeastSquares(A, b)).x.shape == (4, 2)
+    value = functional_call(loss, {"x": x0}, ())
+    torch.testing.assert_close(value, ((A @ x0 - b[:, 0]) ** 2).sum())
+
+
+def test_errors(problem):
+    A, b = problem
+    with pytest.raises(ValueError, match="trainable takes"):
+        LeastSquares(A, b, trainable="x")
+    with pytest.raises(ValueError, match="weights is to be trained"):
+        LeastSquares(A, b, trainable="weights")
+    with pytest.raises(ValueError, match="needs a right-hand side"):
+        LeastSquares(A)()

@@ -1,0 +1,251 @@
+"""What must hold of any problem, on random ones (generators and checks in fuzz.py).
+
+FUNCLSQ_FUZZ=20 runs twenty times as many cases, drawn anew; ``python -m tests.fuzz`` many more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+
+import fuzz
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+
+import funclsq as fl
+
+MORE = int(os.environ.get("FUNCLSQ_FUZZ", "0"))
+mild = fuzz.cases(mild=True)
+single = fuzz.cases(mild=True, batches=False)
+
+
+def run(strategy, test, examples):
+    if MORE:
+        seed = int(np.random.SeedSequence().generate_state(1)[0])
+        fuzz.run(strategy, test, examples * MORE, seed)
+    else:
+        fuzz.run(strategy, test, examples)
+
+
+def dense(case):
+    """The problem in double precision, solved by SVD: x, and how far data errors move it.
+
+    None where the rank is not clear at the rounding of the dtype.
+    """
+    A = case.A.to(torch.complex128 if case.A.is_complex() else torch.float64).numpy()
+    n = A.shape[1]
+    w = np.ones(A.shape[0]) if case.weights is None else case.weights.numpy().astype(float)
+    if w.ndim == 2:
+        return None
+    d = np.broadcast_to(np.asarray(case.damp, dtype=float), (n,))
+    x0 = np.zeros(n) if case.x0 is None else case.x0.numpy().astype(A.dtype)
+    b = case.b.numpy().astype(A.dtype)
+    x0 = x0[:, None] if b.ndim == 2 and x0.ndim == 1 else x0
+    B = np.concatenate((np.sqrt(w)[:, None] * A, np.diag(d)))
+    c = np.concatenate((((b - A @ x0).T * np.sqrt(w)).T, np.zeros((n, *b.shape[1:]))))
+    s = np.linalg.svd(B, compute_uv=False)
+    kept = s[s > 1e-10 * max(s, default=0)]
+    if kept.size == 0:
+        return x0 + np.zeros((n, *b.shape[1:])), 0.0
+    cond, eps = kept[0] / kept[-1], torch.finfo(case.dtype).eps
+    if cond * max(*A.shape, 1) * eps > 1e-3:
+        return None
+    y = np.linalg.pinv(B, rcond=1e-10) @ c
+    r = np.linalg.norm(c - B @ y)
+    size = np.linalg.norm(y) + np.linalg.norm(c) / kept[0] + cond * r / kept[0]
+    return x0 + y, float(eps * cond * (size + np.linalg.norm(x0)))
+
+
+def close(case, x, want, movement, factor=100):
+    error = float(np.linalg.norm(x.to(torch.complex128).numpy() - want))
+    allowed = factor * max(*case.A.shape[-2:], 1) * movement
+    assert error <= allowed + 1e-300, f"{case.solver}: error {error:.2e} exceeds {allowed:.2e}"
+
+
+def solved(case):
+    sol, _ = fuzz.solve(case)
+    return sol.x if bool(sol.converged.all()) else None
+
+
+def test_any_problem_is_solved_or_said_not_to_be():
+    run(fuzz.cases(), fuzz.check, 300)
+
+
+def test_mild_problems_have_the_solution_of_least_norm():
+    def check(case):
+        fuzz.check(case)
+        known, x = dense(case), solved(case)
+        if known is not None and x is not None:
+            close(case, x, *known)
+
+    run(single, check, 200)
+
+
+def test_direct_solvers_always_solve_mild_problems():
+    def check(case):
+        case = dataclasses.replace(case, solver=case.solver if case.solver != "auto" else "qr")
+        assert case.solver not in ("qr", "svd", "cholesky") or solved(case) is not None
+
+    run(single, check, 100)
+
+
+@st.composite
+def pairs(draw, change):
+    """A case and another one, of which the solution follows."""
+    case = draw(single)
+    rng = np.random.default_rng(case.seed)
+    return case, *change(case, rng)
+
+
+def _rebuilt(case, A, layout="dense", **more):
+    row, col = np.nonzero((A != 0).numpy())
+    solver = case.solver if layout != "operator" else "auto"
+    return dataclasses.replace(
+        case, A=A.contiguous(), row=row, col=col, layout=layout, solver=solver, **more
+    )
+
+
+def _rows_permuted(case, rng):
+    p = torch.from_numpy(rng.permutation(case.A.shape[0]))
+    w = None if case.weights is None else case.weights[p]
+    return _rebuilt(case, case.A[p], "sparse", b=case.b[p], weights=w), lambda x: x
+
+
+def _columns_permuted(case, rng):
+    p = torch.from_numpy(rng.permutation(case.A.shape[1]))
+    damp = case.damp[p] if isinstance(case.damp, torch.Tensor) and case.damp.ndim else case.damp
+    x0 = None if case.x0 is None else case.x0[p]
+    return _rebuilt(case, case.A[:, p], "dense", damp=damp, x0=x0), lambda x: x[p]
+
+
+def _rows_rotated(case, rng):
+    m = case.A.shape[0]
+    Q, _ = np.linalg.qr(rng.standard_normal((m, m)))
+    Q = torch.from_numpy(Q).to(case.dtype)
+    case = dataclasses.replace(case, weights=None)
+    return _rebuilt(case, Q @ case.A, "sparse", b=Q @ case.b), None
+
+
+def _columns_scaled(case, rng):
+    n = case.A.shape[1]
+    s = torch.from_numpy(2.0 ** rng.integers(-3, 4, n)).to(case.dtype.to_real())
+    case = dataclasses.replace(case, damp=torch.as_tensor(case.damp, dtype=s.dtype) + 0 * s)
+    x0 = None if case.x0 is None else (case.x0.T / s).T
+    return (
+        _rebuilt(case, case.A * s, "sparse", damp=case.damp * s, x0=x0),
+        lambda x: (x.T / s).T,
+    )
+
+
+@pytest.mark.parametrize("change", [_rows_permuted, _columns_permuted, _rows_rotated])
+def test_the_solution_follows(change):
+    def check(drawn):
+        case, other, follow = drawn
+        if follow is None:
+            case, follow = dataclasses.replace(case, weights=None), lambda x: x
+        known, x, y = dense(case), solved(case), solved(other)
+        if known is not None and x is not None and y is not None:
+            want, movement = known
+            close(case, x, want, movement)
+            close(case, y, follow(torch.from_numpy(want)).numpy(), movement)
+
+    run(pairs(change), check, 60)
+
+
+def test_the_solution_follows_a_scaling_of_columns_where_the_rank_is_full():
+    def check(drawn):
+        case, other, follow = drawn
+        known = dense(case)
+        A, w, n = case.A.to(torch.complex128), case.weights, case.A.shape[1]
+        damp = torch.as_tensor(case.damp, dtype=torch.float64).expand(n)
+        root = torch.ones(len(A)) if w is None else w.sqrt()
+        if known is None or w is not None and w.ndim == 2 or n == 0:
+            return
+        B = torch.cat((root[:, None] * A, torch.diag(damp).to(A.dtype)))
+        y = solved(other)
+        if y is not None and int(torch.linalg.matrix_rank(B, rtol=1e-10)) == n:
+            close(other, y, follow(torch.from_numpy(known[0])).numpy(), 64 * known[1])
+
+    run(pairs(_columns_scaled), check, 60)
+
+
+def test_a_batch_is_its_members_and_a_stack_under_vmap():
+    def check(case):
+        if case.A.ndim == 2 or 0 in case.A.shape[:-2] or case.layout != "dense":
+            return
+        whole = solved(case)
+        if whole is None:
+            return
+        A, b = case.A.flatten(0, -3), case.b.flatten(0, -3)
+        whole = whole.flatten(0, -3)
+        more = {"damp": case.damp, "weights": case.weights, "x0": case.x0, "solver": case.solver}
+
+        def f(A, b):
+            return fl.lstsq(A, b, on_failure="ignore", **more)
+
+        mapped = torch.func.vmap(f)(A, b)
+        for i in range(len(A)):
+            one = dataclasses.replace(case, A=A[i], b=b[i])
+            known = dense(one)
+            if known is not None:
+                close(one, whole[i], *known)
+                close(one, mapped[i], *known)
+                x = solved(one)
+                assert x is None or close(one, x, *known) is None
+
+    batches = fuzz.cases(mild=True).filter(lambda c: c.A.ndim > 2 and c.layout == "dense")
+    run(batches, check, 60)
+
+
+def test_gradients_are_finite_and_homogeneous():
+    """x(t A) = x(A) / t for a problem without damping and x0, and x is linear in b."""
+
+    def check(case):
+        case = dataclasses.replace(case, damp=0.0, x0=None)
+        known = dense(case)
+        sparse = case.layout in ("sparse", "repeated")
+        if known is None or not (sparse or case.layout == "dense"):
+            return
+        leaf = (case.A[case.row, case.col] if sparse else case.A).clone().requires_grad_()
+        b = case.b.clone().requires_grad_()
+        S = fl.SparsityPattern(case.row, case.col, tuple(case.A.shape))
+        A = fl.Sparse(S, leaf) if sparse else leaf
+        solver = case.solver if case.solver in ("auto", "qr", "svd", "cholesky") else "auto"
+        x = fl.lstsq(A, b, weights=case.weights, solver=solver)
+        k = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(case.seed))
+        A_bar, b_bar = torch.autograd.grad((x.conj() * k).real.sum(), (leaf, b))
+        assert bool(torch.isfinite(A_bar).all()) and bool(torch.isfinite(b_bar).all())
+        want = float((x.conj() * k).real.sum())
+        s = np.linalg.svd(case.A.numpy(), compute_uv=False)
+        cond = max(s, default=1) / min(s[s > 1e-5 * max(s, default=0)], default=1)
+        size = (float((k.abs() ** 2).sum()) ** 0.5 + 1) * known[1] * cond * 10 ** 3
+        assert abs(float((b_bar.conj() * b).real.sum()) - want) <= size
+        assert abs(float((A_bar.conj() * leaf).real.sum()) + want) <= size
+
+    run(single, check, 100)
+
+
+def test_bad_input_is_refused():
+    def check(case):
+        given = [case.A, case.b, case.weights, case.x0]
+        spots = [i for i, t in enumerate(given) if t is not None and t.numel()]
+        if case.layout == "repeated" or not spots:
+            return
+        rng = np.random.default_rng(case.seed)
+        at = int(rng.choice(spots))
+        bad = given[at].clone()
+        bad.view(-1)[int(rng.integers(bad.numel()))] = float(rng.choice((np.nan, np.inf)))
+        given[at] = bad
+        A, b, w, x0 = given
+        row, col = np.nonzero((A != 0).reshape(-1, *A.shape[-2:]).any(0).numpy())
+        spoilt = dataclasses.replace(case, A=A, b=b, weights=w, x0=x0, row=row, col=col)
+        if 0 in (*case.A.shape[:-2], *case.b.shape):
+            return
+        with pytest.raises(ValueError, match="must be finite"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fuzz.solve(spoilt)
+
+    run(mild, check, 60)
