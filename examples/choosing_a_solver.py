@@ -1,24 +1,29 @@
 """Every solver on problems that favour one or another: time, and how far from the solution.
 
-    python choosing_a_solver.py [--small]
+    python choosing_a_solver.py [--small] [-o picture.png]
 
-Prints a table and writes choosing_a_solver.png: seconds for x, and for x with the gradient.
+Prints a table and draws it: seconds for x, and for x with the gradient.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 import warnings
+from pathlib import Path
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import scipy.sparse as sp
 import torch
 
 import funclsq as fl
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
 torch.set_num_threads(1)
+PICTURE = Path(__file__).resolve().parents[1] / "docs" / "assets" / "choosing_a_solver.png"
 SOLVERS = ["auto", "lsmr", "lsqr", "cgls", "cholesky", "qr"]
 DENSE_LIMIT = 2_000_000  # entries up to which a sparse matrix is written out for qr
 
@@ -70,10 +75,13 @@ def measure(A: sp.spmatrix, solver: str) -> tuple[float, float, float, str]:
 
 def main() -> None:
     """Measure, print, plot."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("-o", "--output", default=PICTURE)
+    arguments = parser.parse_args()
     warnings.simplefilter("ignore", fl.FunclsqWarning)  # the table says what did not converge
-    small = "--small" in sys.argv
     results: dict[str, dict[str, tuple[float, float, float, str]]] = {}
-    for name, A in problems(small).items():
+    for name, A in problems(arguments.small).items():
         print(f"\n{name}: {A.shape[0]} x {A.shape[1]}, {A.nnz} entries")
         print(f"  {'solver':10}{'x':>10}{'x and gradient':>18}{'error of x':>14}")
         results[name] = {}
@@ -100,8 +108,8 @@ def main() -> None:
     for axis in axes[1]:
         axis.set_xlabel("seconds")
     axes[0, 0].legend()
-    figure.savefig("choosing_a_solver.png", dpi=120)
-    print("\nwrote choosing_a_solver.png")
+    figure.savefig(arguments.output, dpi=120)
+    print(f"\nwrote {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def main() -> None:
     inverted = torch.linalg.inv(A.T @ A) @ A.T @ y
     sol = fl.solve(A, y)
     print(f"rank {int(sol.rank)} of 4; true weights 3, 6, 9, bias 3\n")
-    print(f"{'':34}{'w1':>12}{'w2':>12}{'w3':>12}{'bias':>12}{'loss':>14}")
+    print(f"{'':34}{'w1':>12}{'w2':>12}{'w3':>12}{'bias':>12}{'loss':>18}")
     for name, x in (
         ("start", start),
         ("SGD, 10,000 steps", path[-1]),
@@ -69,7 +69,7 @@ def main() -> None:
         ("numpy.linalg.lstsq", torch.from_numpy(np.linalg.lstsq(A.numpy(), y.numpy())[0])),
         ("inv(A^T A) A^T y: rounding noise", inverted),
     ):
-        print(f"{name:34}" + "".join(f"{v:12.6f}" for v in x.tolist()) + f"{float(loss(x)):14.8f}")
+        print(f"{name:34}" + "".join(f"{v:12.6f}" for v in x.tolist()) + f"{float(loss(x)):18.8f}")
     print(f"\nSGD less lstsq(x0=start): {float((path[-1] - nearest).abs().max()):.0e}")
     fit = fl.linear_regression(X, y)
     print(
@@ -93,7 +93,7 @@ def main() -> None:
     filled = axis.contourf(us, vs, height, levels=levels, cmap="YlGnBu", alpha=0.85)
     axis.axhline(0, color="#1b4965", lw=2)
     axis.text(-2.5, 0.07, "floor: loss 11.3479", color="#1b4965")
-    for ou, ov in ((-2.2, -1.4), (-1.6, 1.7), (-0.9, -1.9), (0.7, -1.2), (1.9, 1.5), (2.6, -1.7)):
+    for ou, ov in ((-2.1, -1.4), (-1.2, 1.7), (-0.7, -1.9), (0.8, 1.3), (1.8, -1.2), (2.7, 1.6)):
         other = train(nearest + ou * along + ov * across + torch.linalg.svd(A).Vh[0], 4000)
         side, up = ((other[[0, -1]] - nearest) @ d for d in (along, across))
         axis.plot(side, up, color="0.35", lw=1.2, marker="o", ms=5, mfc="white")

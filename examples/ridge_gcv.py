@@ -83,9 +83,8 @@ def main() -> None:
     slope = float(torch.func.grad(log_gcv)(path[1]))
     difference = float((log_gcv(path[1] + h) - log_gcv(path[1] - h)) / (2 * h))
     print(f"d log GCV / d log damp: {slope:.9f}; by central differences {difference:.9f}")
-    print(
-        f"Newton: {len(path) - 1} steps, final slope {float(torch.func.grad(log_gcv)(learnt)):.0e}\n"
-    )
+    flat = float(torch.func.grad(log_gcv)(learnt))
+    print(f"Newton: {len(path) - 1} steps, final slope {flat:.0e}\n")
     print(f"{'':22}{'damp':>12}{'GCV':>14}{'||A x - b||':>13}{'error of x':>12}")
     choices = {"too little": math.log(1e-5), "learnt by GCV": learnt, "too much": math.log(0.5)}
     for name, d in {**choices, "best (needs the truth)": best}.items():

@@ -28,6 +28,9 @@ class Factorization:
     _problem: Problem
     _pin: Any
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_ready, (self._problem,)
+
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n) of A."""
@@ -122,6 +125,11 @@ def factorize(
     if solver == "auto" and sparse and min(p.plan.structure.shape) > 128:
         opts = opts._replace(solver="cholesky")
         p = canonical("factorize", A, b, damp, weights, None, opts, "warn", check_finite)
+    return _made_ready(p)
+
+
+def _made_ready(p: Problem) -> Factorization:
+    """Prepare the matrix of a problem: at first, and where a copy arrives."""
     return Factorization(p, raw.pin(p.plan, p.params, p.w, p.d2))
 
 
@@ -181,4 +189,6 @@ def covariance(f: Factorization, *, diag: bool = False) -> Tensor:
         if diag:
             columns = columns[..., start:stop, :].diagonal(dim1=-2, dim2=-1).real
         parts.append(columns)
-    return torch.cat(parts, -1) if parts else f.solve_normal(p.b.new_zeros((0, 0)))
+    if not parts:
+        return p.b.new_zeros((*p.lead, 0)).abs() if diag else p.b.new_zeros((*p.lead, 0, 0))
+    return torch.cat(parts, -1)

@@ -17,8 +17,11 @@ import numpy as np
 import scipy.sparse
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-__all__ = ["SparsityPattern"]
+__all__ = ["SparsityPattern", "outside_transforms"]
+
+outside_transforms = temporarily_clear_interpreter_stack  # inside, no result is wrapped
 
 _MAX_BATCHED = 4  # block-diagonal replicas of one pattern that are kept
 _counter = itertools.count(1)
@@ -304,18 +307,24 @@ def _check_shape(shape: Any) -> tuple[int, int]:
     return m, n
 
 
+def _unwrapped(index: Tensor, name: str) -> Tensor:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(index):
+        if functorch.is_batchedtensor(index):
+            raise TypeError(
+                f"SparsityPattern: {name} is batched by vmap; a pattern is static. Make it "
+                "outside vmap."
+            )
+        index = functorch.get_unwrapped(index)
+    return index
+
+
 def _index_array(index: Any, name: str) -> np.ndarray:
     """Bring indices of any library to a 1-D NumPy integer array on the host."""
     if isinstance(index, Tensor):
-        functorch = torch._C._functorch
-        while functorch.is_functorch_wrapped_tensor(index):
-            if functorch.is_batchedtensor(index):
-                raise TypeError(
-                    f"SparsityPattern: {name} is batched by vmap; a pattern is static. Make it "
-                    "outside vmap."
-                )
-            index = functorch.get_unwrapped(index)
-        index = index.detach().cpu().numpy()
+        index = _unwrapped(index, name)
+        with outside_transforms():
+            index = index.detach().cpu().numpy()
     array = np.asarray(index)
     if array.size == 0 and array.dtype == np.float64:
         array = array.astype(np.int32)

@@ -65,4 +65,6 @@ def sddmm_csr(matrix: Tensor, U: Tensor, V: Tensor) -> Tensor:
     if matrix._nnz() == 0 or U.shape[1] == 0:
         return U.new_zeros(matrix._nnz())
     Vh = V.conj().resolve_conj() if V.is_complex() else V
-    return torch.sparse.sampled_addmm(matrix, U.contiguous(), Vh.contiguous().T, beta=0.0).values()
+    # detached: a view of a CSR tensor has no .real
+    out = torch.sparse.sampled_addmm(matrix, U.contiguous(), Vh.contiguous().T, beta=0.0)
+    return out.values().detach()

@@ -77,6 +77,10 @@ class Plan:
         """Whether G is known to be invertible before anything is computed."""
         return self.full_rank or self.damped
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = [f.name for f in dataclasses.fields(self) if f.name != "handle"]
+        return Plan.of, tuple(getattr(self, name) for name in fields)
+
     @classmethod
     def of(cls, *args: Any) -> Plan:
         """Return the one plan with this content."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -139,11 +140,12 @@ class Sparse:
                 f"Sparse: A @ v needs {n} rows in v, one per column of A; got {tuple(v.shape)}."
             )
         lead = torch.broadcast_shapes(self.values.shape[:-1], block.shape[:-2])
+        size = math.prod(lead)
         values = self.values
         if values.ndim > 1:
-            values = values.expand(*lead, values.shape[-1]).reshape(-1, values.shape[-1])
+            values = values.expand(*lead, values.shape[-1]).reshape(size, values.shape[-1])
         if block.ndim > 2:
-            block = block.expand(*lead, *block.shape[-2:]).reshape(-1, *block.shape[-2:])
+            block = block.expand(*lead, *block.shape[-2:]).reshape(size, *block.shape[-2:])
         out = matmul(SparseStructure(self.pattern), (values,), block)
         out = out.reshape(*lead, m, out.shape[-1])
         return out.squeeze(-1) if vector else out

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from funclsq.pattern import SparsityPattern
+from funclsq.pattern import SparsityPattern, outside_transforms
 
 __all__ = ["assemble", "is_sparse", "pattern_and_values"]
 
@@ -32,9 +32,14 @@ def is_sparse(A: Any) -> bool:
 
 
 def pattern_and_values(A: Tensor) -> tuple[SparsityPattern, Tensor]:
-    """Split a sparse tensor; the pattern is shared by all tensors with equal indices."""
-    row, col, shape = _indices(A)
-    return _intern(row, col, shape), _Values.apply(A)
+    """Split a sparse tensor; the pattern is shared by all tensors with equal indices.
+
+    A torch.func transform can hold no sparse tensor, so A is a constant of every active one: it
+    is split outside them.
+    """
+    with outside_transforms():
+        row, col, shape = _indices(A)
+        return _intern(row, col, shape), _Values.apply(A)
 
 
 def assemble(pattern: SparsityPattern, values: Tensor, layout: torch.layout) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 
 from funclsq.operators import DenseStructure, SparseStructure
 from funclsq.pattern import SparsityPattern, pattern_of_handle
@@ -60,7 +59,6 @@ def traced_plan(
     return TracedPlan(handle, structure, full_rank or damped)
 
 
-@torch.compiler.assume_constant_result
 def _plan_handle(pattern, m, n, solver, given, full_rank, damped, on_failure, check) -> int:
     structure: Any = DenseStructure(m, n)
     if pattern:
@@ -69,3 +67,7 @@ def _plan_handle(pattern, m, n, solver, given, full_rank, damped, on_failure, ch
     plan = Plan.of(structure, options, full_rank, damped, on_failure, check)
     _kept[plan.handle] = plan
     return plan.handle
+
+
+# What torch.compiler.assume_constant_result does, which would import all of torch._dynamo here.
+_plan_handle._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -214,7 +214,7 @@ def columns(case: Case, sol: fl.Solution) -> Any:
         return t.reshape(count, *t.shape[-2:])
 
     count = int(np.prod(case.A.shape[:-2]))
-    if count == 0 or case.b.ndim > 1 and case.b.shape[-1] == 0:
+    if count == 0 or (case.b.ndim > 1 and case.b.shape[-1] == 0):
         return
 
     x, b = block(sol.x, n), block(case.b, m)
@@ -258,7 +258,9 @@ def check_solution(case: Case, sol: fl.Solution, given: list[Any]) -> None:
         terms = size * _norm(x) + _norm(root * b) + size * _norm(x0)
         if true_rnorm < largest / 4 and terms < largest:
             assert np.isfinite(rnorm), f"{status.name} with residual {rnorm}"
-            assert abs(rnorm - true_rnorm) <= 0.01 * true_rnorm + 100 * lost * terms + floor * (1 + size)
+            assert abs(rnorm - true_rnorm) <= 0.01 * true_rnorm + 100 * lost * terms + floor * (
+                1 + size
+            )
         many = 20 * max(*A.shape, 1)
         s = _norm(B.conj().T @ r)
         bound = size * (many * lost * terms + floor * (1 + size))

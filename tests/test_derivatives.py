@@ -25,7 +25,9 @@ import funclsq as fl
 from funclsq import derivatives, matrix
 
 # The rank of these may not change, so derivatives are compared along the set of constant rank.
-DEFICIENT = [n for n in PROBLEMS if not problem(n).open or problem(n).rank < min(problem(n).A.shape)]
+DEFICIENT = [
+    n for n in PROBLEMS if not problem(n).open or problem(n).rank < min(problem(n).A.shape)
+]
 
 
 # Layouts that torch can put into .grad at all: for others .backward() of any function fails.
@@ -187,7 +189,9 @@ def test_broadcast_operands_collect_the_gradients_of_their_copies():
     w = torch.rand(7, 1, dtype=torch.float64, requires_grad=True)
     damp = torch.rand(1, dtype=torch.float64, requires_grad=True)
     c = torch.randn(4, 2, dtype=torch.float64)
-    got = torch.autograd.grad((c * fl.lstsq(A, b, x0=x0, weights=w, damp=damp)).sum(), (x0, w, damp))
+    got = torch.autograd.grad(
+        (c * fl.lstsq(A, b, x0=x0, weights=w, damp=damp)).sum(), (x0, w, damp)
+    )
     full = [
         x0.detach()[:, None].repeat(1, 2).requires_grad_(),
         w.detach().repeat(1, 2).requires_grad_(),
@@ -506,9 +510,7 @@ def test_the_oracle_agrees_with_differences_at_50_digits(name, complex_):
     x0 = np.zeros((p.A.shape[1], 2)) if x0 is None else x0
     with mpmath.workdps(50):
         h = mpmath.mpf(10) ** -15
-        at = [
-            _exact_minimiser(parts, p.b, direction["b"], x0, dx0, t * h) for t in (-1, 0, 1)
-        ]
+        at = [_exact_minimiser(parts, p.b, direction["b"], x0, dx0, t * h) for t in (-1, 0, 1)]
         exact = [at[1], (at[2] - at[0]) / (2 * h), (at[2] - 2 * at[1] + at[0]) / h**2]
         x, x_dot, x_ddot = (np.array(t.tolist(), dtype=complex) for t in exact)
     data, along = p.tensors(dtype), as_tensors(direction, dtype)
@@ -528,8 +530,6 @@ def test_the_oracle_agrees_with_differences_at_50_digits(name, complex_):
             bent[index] += unit * (bar.conj() * second).real.sum()
     np.testing.assert_allclose(got["second"].numpy() + bent, x_ddot, rtol=0, atol=1e-8)
     # The gradient's slope along the curve, by the same second differences, for <c, x>.
-    slope = sum(
-        (got["grad"][n].conj() * along[n]).real.sum() for n in p.names
-    )
+    slope = sum((got["grad"][n].conj() * along[n]).real.sum() for n in p.names)
     k = c + CURVATURE * got["x"]
     np.testing.assert_allclose(slope, (k.numpy().conj() * x_dot).real.sum(), atol=1e-10)

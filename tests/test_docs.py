@@ -69,6 +69,12 @@ def test_the_pages_have_code():
     assert len(runnable) >= 5
 
 
+def test_every_example_is_shown():
+    page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    for script in (ROOT / "examples").glob("*.py"):
+        assert f"python examples/{script.name}" in page
+
+
 def test_the_imports_shown_suffice():
     """No page relies on a submodule that something else has imported."""
     text = "\n".join(

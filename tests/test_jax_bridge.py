@@ -1,4 +1,4 @@
-"""The bridge between JAX and torch: no copies, no hangs, no silent change of dtype, clear errors."""
+"""The bridge between JAX and torch: no copies, no hangs, no silent dtypes, clear errors."""
 
 import importlib
 import os
@@ -14,12 +14,12 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax_common import assert_close, draw, full_pattern
 
 import funclsq as fl
 import funclsq.jax as flj
 from funclsq import raw
 from funclsq.jax import bridge, host
-from jax_common import assert_close, draw, full_pattern
 
 
 def problem(m=6, n=3, dtype=np.float64, seed=0):
@@ -225,13 +225,13 @@ def test_two_devices():
         m, n = 6, 3
         S = fl.SparsityPattern(*np.divmod(np.arange(m * n), n), (m, n))
         rng = np.random.default_rng(0)
-        v, vs = jnp.asarray(rng.standard_normal(m * n)), jnp.asarray(rng.standard_normal((4, m * n)))
+        v = jnp.asarray(rng.standard_normal(m * n))
+        vs = jnp.asarray(rng.standard_normal((4, m * n)))
         bs = jnp.asarray(rng.standard_normal((4, m)))
         mesh = Mesh(np.array(jax.devices()), ("i",))
         h = lambda v, b: flj.lstsq(flj.Sparse(S, v), b)
 
         def shared(v, bs):
-            f = jax.vmap(lambda b: h(v, b))
             return jax.shard_map(
                 lambda v, bs: jax.vmap(lambda b: h(v, b))(bs),
                 mesh=mesh, in_specs=(P(), P("i")), out_specs=P("i"))(v, bs)
@@ -242,7 +242,8 @@ def test_two_devices():
 
         plain = jax.vmap(h, (None, 0)), jax.vmap(h)
         for f, g, a in ((shared, plain[0], v), (split, plain[1], vs)):
-            loss = lambda f: jax.jit(jax.value_and_grad(lambda a, b: jnp.sin(f(a, b)).sum(), (0, 1)))
+            loss = lambda f: jax.jit(
+                jax.value_and_grad(lambda a, b: jnp.sin(f(a, b)).sum(), (0, 1)))
             for x, y in zip(jax.tree.leaves(loss(f)(a, bs)), jax.tree.leaves(loss(g)(a, bs))):
                 assert np.abs(x - y).max() < 1e-10 * (1 + np.abs(y).max()), np.abs(x - y).max()
         print("done")

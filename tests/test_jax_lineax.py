@@ -8,12 +8,12 @@ lx = pytest.importorskip("lineax")
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import sparse as jsparse
+from jax_common import assert_close, compiled, draw, full_pattern
 
 import funclsq as fl
 import funclsq.jax as flj
 import funclsq.jax.lineax as fll
 from funclsq.jax.coloring import color_columns
-from jax_common import assert_close, compiled, draw, full_pattern
 
 M, N = 8, 4
 

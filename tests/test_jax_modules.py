@@ -6,10 +6,10 @@ jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp
 import numpy as np
+from jax_common import assert_close, compiled, draw, full_pattern, loss
 
 import funclsq as fl
 import funclsq.jax as flj
-from jax_common import assert_close, compiled, draw, full_pattern, loss
 
 eqx = pytest.importorskip("equinox")
 
@@ -87,14 +87,13 @@ def test_linear_operator_complex_and_status():
     assert not bool(short.converged.any())
     with pytest.warns(fl.ConvergenceWarning, match="MAXITER"):
         flj.lstsq(A, b, maxiter=1)
+    short = jax.jit(lambda b: flj.lstsq(A, b, maxiter=1))
     with pytest.warns(fl.ConvergenceWarning, match="MAXITER"):
-        jax.jit(lambda b: flj.lstsq(A, b, maxiter=1))(b).block_until_ready()
-        jax.effects_barrier()
+        jax.block_until_ready((short(b), jax.effects_barrier()))
     with pytest.raises(fl.ConvergenceError):
         flj.lstsq(A, b, maxiter=1, on_failure="raise")
     assert int(flj.solve(A, b.at[0].set(jnp.nan)).status[0]) == 11
     assert flj.lstsq(A, jnp.zeros((5, 0), complex)).shape == (3, 0)
-    assert_close(flj.lstsq(A, jnp.zeros(5, complex)), np.zeros(3))
 
 
 def test_linear_operator_errors():

@@ -340,7 +340,9 @@ def test_dual_numbers_pass_through_a_backward_pass(name, create_graph):
         check(fwAD.unpack_dual(x).tangent.detach(), ref.jvp, "tangent")
         bars = torch.autograd.grad(loss(x, ref.cotangent), dual, create_graph=create_graph)
         for name, bar in zip(ref.problem.names, bars):
-            pull = (lambda t: LAYOUTS["sparse"].pull(t, ref.problem.stored)) if name == "A" else None
+            pull = (
+                (lambda t: LAYOUTS["sparse"].pull(t, ref.problem.stored)) if name == "A" else None
+            )
             check(fwAD.unpack_dual(bar).tangent.detach(), ref.hvp[name], f"hvp of {name}", pull)
 
 
@@ -472,7 +474,11 @@ def test_jacobians_of_torch_autograd_functional():
     ref = reference("tall_vector", F64)
     A, b = operands(ref.problem, F64, "dense")
     f = function(ref.problem, "dense")
-    for vectorize, strategy in ((False, "reverse-mode"), (True, "reverse-mode"), (True, "forward-mode")):
+    for vectorize, strategy in (
+        (False, "reverse-mode"),
+        (True, "reverse-mode"),
+        (True, "forward-mode"),
+    ):
         J = torch.autograd.functional.jacobian(
             lambda b: f(A, b), b, vectorize=vectorize, strategy=strategy
         )

@@ -17,7 +17,7 @@ from funclsq.validate.closed_form import evaluate
 from funclsq.validate.intake import as_problem
 from funclsq.validate.maps_sparse import FactoredMaps, KrylovMaps, SparseMaps
 from funclsq.validate.oracle_differences import differences
-from funclsq.validate.oracle_mpmath import in_50_digits
+from funclsq.validate.oracle_mpmath import by_mpmath
 from funclsq.validate.oracles_dense import autodiff, closed_form
 from funclsq.validate.tangents import directions
 
@@ -81,7 +81,7 @@ def far(a, b):
 @pytest.mark.parametrize("name", CASES)
 def test_oracles_agree(name):
     problem, d, *probes = problem_of(**CASES[name])
-    exact = in_50_digits(problem, d)
+    exact = by_mpmath(problem, d)
     found = closed_form(problem, d)
     guesses = differences(problem, d, probes)
     assert exact.keys() == found.keys() >= guesses.keys()
@@ -94,13 +94,12 @@ def test_oracles_agree(name):
         assert distance < 10 * guess.error + 1e-13 * max(np.linalg.norm(truth), 1), key
 
 
-@pytest.mark.parametrize("name", ["weight 0", "wide", "weight 0, deficient"])
+@pytest.mark.parametrize("name", ["weight 0", "wide"])
 def test_autodiff_agrees(name):
     pytest.importorskip("jax")
     problem, d, *_ = problem_of(**CASES[name])
     found, truth = autodiff(problem, d), closed_form(problem, d)
-    left_out = {"vjp weights", "hvp weights"} if name == "weight 0, deficient" else set()
-    assert found.keys() == truth.keys() - left_out
+    assert found.keys() == truth.keys()
     for key in found:
         assert far(found[key], truth[key]) < 1e-12, key
 
@@ -138,7 +137,7 @@ def test_refinement_says_when_it_cannot():
 def test_funclsq_passes(name):
     report = validate.cross_check(
         **CASES[name],
-        oracles=["closed form", "50 digits"],
+        oracles=["closed form", "mpmath"],
         candidates={"torch": validate.torch_candidate()},
     )
     assert report, str(report)
@@ -158,11 +157,12 @@ def test_sparse_float32_and_columns():
 def test_both_frameworks_and_all_oracles(name):
     jax = pytest.importorskip("jax")
     before = jax.config.jax_enable_x64
-    report = validate.cross_check(**CASES[name])
+    data = {key: a for key, a in CASES[name].items() if name == "damped" or key != "weights"}
+    report = validate.cross_check(**data)
     assert report, str(report)
     assert {row.candidate for row in report.rows} == {"torch", "jax"}
     assert {row.oracle for row in report.rows} == {*validate.ORACLES, "torch"}
-    inputs = {"A", "b", "weights", "x0"} | ({"damp"} if name == "damped" else set())
+    inputs = {"A", "b", "x0"} | ({"damp", "weights"} if name == "damped" else set())
     names = {row.quantity for row in report.rows}
     assert names >= {f"{kind} {key}" for kind in ("vjp", "jvp", "hvp") for key in inputs}
     assert names >= {"x", "hvp A (r/r)", "hvp A (r/f)", "jvp of jvp"}
@@ -176,7 +176,7 @@ def test_without_jax_the_column_is_absent(monkeypatch):
     report = validate.cross_check(**CASES["tall"])
     assert report
     assert {row.candidate for row in report.rows} == {"torch"}
-    assert {row.oracle for row in report.rows} == {"closed form", "differences", "50 digits"}
+    assert {row.oracle for row in report.rows} == {"closed form", "differences", "mpmath"}
     assert any("JAX" in note for note in report.notes)
 
 
@@ -186,7 +186,7 @@ def test_a_null_space_cotangent():
     report = validate.cross_check(
         **data,
         cotangent=null,
-        oracles=["closed form", "50 digits"],
+        oracles=["closed form", "mpmath"],
         candidates={"torch": validate.torch_candidate()},
     )
     assert report, str(report)
@@ -213,11 +213,14 @@ def test_large_problems_take_the_sparse_path(monkeypatch):
     rng = np.random.default_rng(0)
     A = scipy.sparse.random_array((40, 12), density=0.2, rng=rng) + scipy.sparse.eye_array(40, 12)
     candidates = {"torch": validate.torch_candidate(rank="full")}
-    report = validate.cross_check(A, rank="full", candidates=candidates)
+    oracles = ["closed form", "differences"]
+    report = validate.cross_check(A, rank="full", candidates=candidates, oracles=oracles)
     assert report, str(report)
-    assert {row.oracle for row in report.rows} == {"closed form", "differences", "50 digits"}
+    assert {row.oracle for row in report.rows} == set(oracles)
     assert any("A is large" in note for note in report.notes)
-    report = validate.cross_check(A, rank="full", candidates={"p": planted("s z^H", "scaled")})
+    report = validate.cross_check(
+        A, rank="full", candidates={"p": planted("s z^H", "scaled")}, oracles=FAST
+    )
     assert failing(report) == {"vjp A"}
     with pytest.raises(ValueError, match="too large to find its rank"):
         validate.cross_check(A, candidates=candidates)
@@ -264,7 +267,7 @@ def test_planted_errors_are_found_where_they_are(data, term, change):
     assert f"{min(failing(report))} of rule" in str(report)
 
 
-@pytest.mark.parametrize("oracle", ["closed form", "differences", "50 digits", "autodiff"])
+@pytest.mark.parametrize("oracle", ["closed form", "differences", "mpmath", "autodiff"])
 def test_every_oracle_finds_one_percent(oracle):
     if oracle == "autodiff":
         pytest.importorskip("jax")
@@ -484,9 +487,7 @@ def test_compare_finds_planted_errors(twins):
     report = validate.compare(f, scaled, *args, batch=0)
     assert "value of ['small']" in failing(report)  # although it is small beside ['sum']
     assert "value of ['sum']" not in failing(report)
-    for wrap in (lambda a: a.T, lambda a: a.conj()):
-        report = validate.compare(f, functools.partial(g, wrap=wrap), *args, batch=0)
-        assert not report
+    assert not validate.compare(f, functools.partial(g, wrap=lambda a: a.conj()), *args, batch=0)
 
     def stopped(w):
         return w - 0.01 * (w - jax.lax.stop_gradient(w))
@@ -519,5 +520,5 @@ def test_compare_on_funclsq_itself():
     import funclsq.jax as flj
 
     A, b = (torch.from_numpy(CASES["tall"][key]).float() for key in "Ab")
-    report = validate.compare(fl.lstsq, flj.lstsq, A, b)
+    report = validate.compare(fl.lstsq, flj.lstsq, A, b, batch=2)
     assert report, str(report)

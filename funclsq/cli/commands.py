@@ -94,11 +94,7 @@ def demo(options: argparse.Namespace) -> int:
     else:
         print(f"{table(found)}, picture in {options.output}")
     if not found.good:
-        print(
-            "funclsq demo: a comparison failed, or the learnt weights are no better on the test "
-            "samples than the best single one; see the table.",
-            file=sys.stderr,
-        )
+        print("funclsq demo: a comparison failed; see the table.", file=sys.stderr)
     return 0 if found.good else 1
 
 

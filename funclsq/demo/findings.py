@@ -47,6 +47,8 @@ def table(demo: Demo) -> str:
         "",
         *_errors(demo),
         "",
+        f"on the test samples, the learnt weights {'beat' if demo.better else 'DO NOT BEAT'} the "
+        "best single weight",
         f"single weight: {best:.2g}, the best of {len(demo.strengths)} on the validation samples",
         f"learnt: {learnt} weights, by gradient descent in {solves} solves; in units of the "
         f"{SURVEYS[0].name} survey's:",
@@ -87,6 +89,7 @@ def to_dict(demo: Demo) -> dict[str, Any]:
     surveys, smoothness = (t.exp() for t in demo.both.log_weights.relative())
     return {
         "passed": demo.good,
+        "learnt beats single": demo.better,
         "shape": list(demo.terrain.pattern.shape),
         "nonzeros": demo.terrain.pattern.nnz,
         "samples": {name: len(part) for name, part in demo.split._asdict().items()},

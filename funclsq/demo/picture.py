@@ -54,7 +54,7 @@ def draw_picture(demo: Demo, path: str) -> None:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     layout = ConstrainedLayoutEngine(wspace=0.02, hspace=0.04)
-    figure = Figure(figsize=(15.6, 8.2), dpi=100, layout=layout)
+    figure = Figure(figsize=(14.6, 7.7), dpi=100, layout=layout)
     grid = figure.add_gridspec(2, 5, width_ratios=(1, 1, 1, 1, 0.04))
     axes = [[figure.add_subplot(grid[i, j]) for j in range(4)] for i in range(2)]
     before, _, after = errors(demo)["true surface"]

@@ -11,7 +11,7 @@ from funclsq.jax.sparse import Sparse
 try:
     from funclsq.jax.modules import LeastSquares, SparseLinear
 except ImportError:  # equinox is optional
-    from funclsq.jax.missing import LeastSquares, SparseLinear
+    from funclsq.jax.missing import LeastSquares, SparseLinear  # type: ignore[assignment]
 
 __all__ = [
     "LeastSquares",

@@ -94,7 +94,7 @@ def _on_buffers(host: Host, _: Any, outputs: Sequence[Any], *inputs: Any) -> Non
 
 def _on_copies(host: Host, results: Any, *inputs: Any) -> tuple[np.ndarray, ...]:
     arrays = tuple(np.empty(r.shape, r.dtype) for r in results)
-    views = [torch.from_numpy(np.require(a, requirements="CAW")) for a in inputs]
+    views = [torch.from_numpy(np.require(a, requirements=["C", "A", "W"])) for a in inputs]
     _run(host, [torch.from_numpy(a) for a in arrays], views)
     return arrays
 

@@ -68,7 +68,7 @@ class HostSolve:
         ax.copy_(found[1])
         info.copy_(found[2].nan_to_num_(nan=-1.0))
         if info.shape[-2]:
-            deficient.copy_(info[..., 0, 6])
+            deficient.copy_(info.select(-1, 6).select(-1, 0))
         else:
             deficient.zero_()
         if gate is not None and gate.ndim:
@@ -101,22 +101,25 @@ def _repair(structure, params, w, d2, c, g):
     negative = w is not None and bool((w < 0).any())
     if not negative and all(map(_finite, (*params, w, d2, c, g))):
         return params, w, d2, c, g, None
-    matrix = False
+    matrix = torch.as_tensor(False)
     for t, core in (*zip(params, structure.param_ndims), (w, 1), (d2, 1)):
         if t is not None:
             wrong = ~torch.isfinite(t)
             matrix = matrix | wrong.flatten(t.ndim - core).any(-1)
-    if negative:
-        matrix = matrix | (w < 0).any(-1)
     column = torch.as_tensor(False)
     for t in (c, g):
         if t is not None:
             column = column | (~torch.isfinite(t)).any(-2)
-    clean = [None if t is None else torch.nan_to_num(t, 0.0, 0.0, 0.0) for t in (w, d2, c, g)]
     if negative:
-        clean[0] = clean[0].clamp(min=0.0)
-    params = tuple(torch.nan_to_num(t, 0.0, 0.0, 0.0) for t in params)
-    return params, *clean, torch.as_tensor(matrix).unsqueeze(-1) | column
+        matrix = matrix | (w < 0).any(-1)
+        w = w.clamp(min=0.0)
+    params = tuple(map(_clean, params))
+    clean = (_clean(t) for t in (w, d2, c, g))
+    return params, *clean, matrix.unsqueeze(-1) | column
+
+
+def _clean(t: Tensor | None) -> Tensor | None:
+    return None if t is None else torch.nan_to_num(t, 0.0, 0.0, 0.0)
 
 
 def _spoil(problem, bad, x, ax, info):

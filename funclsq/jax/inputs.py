@@ -60,7 +60,8 @@ def canonical(
     if hasattr(A, "funclsq_structure"):  # LinearOperator, which sits on a higher floor
         b = array(b, "b", name)
         _inexact(b, "b", name)
-        dtype, kept, a_lead = b.dtype, None, ()
+        dtype, kept = b.dtype, None
+        a_lead: tuple[int, ...] = ()
         structure, params, aux = A.funclsq_structure(dtype)
         _lsmr_only(options, compute_dtype, name)
     else:

@@ -11,11 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
-from funclsq.jax.lsmr import lsmr
-from funclsq.raw import INFO
-from funclsq.solution import Method, Status
+from funclsq.jax.matrix_free import Function
 
-__all__ = ["Function", "LinearOperator"]
+__all__ = ["LinearOperator"]
 
 
 @jax.tree_util.register_pytree_node_class
@@ -141,144 +139,12 @@ def _hoist(matvec: Any, tree: Any, leaves: list[Any], example: Any) -> Any:
     if not any(isinstance(c, jax.core.Tracer) for c in traced.consts):
         seen.add(key)
         return None
-    consts = [jnp.asarray(c) for c in traced.consts]
-    closed = jax.make_jaxpr(
-        lambda *args: jax.core.eval_jaxpr(traced.jaxpr, args[: len(consts)], *args[len(consts) :])[
-            0
-        ]
-    )(*consts, *leaves, example)
-    function = jaxpr_as_fun(closed)
-    return (lambda *args: function(*args)[0]), [*consts, *leaves]
+    count = len(traced.consts)
+    body = traced.jaxpr
 
+    def evaluate(*args: Any) -> Any:
+        return jax.core.eval_jaxpr(body, args[:count], *args[count:])[0]
 
-@dataclasses.dataclass(frozen=True)
-class Function:
-    """Structure of a matrix-free operator; operands may carry a leading batch dimension."""
-
-    call: Any
-    shape: tuple[int, int]
-    param_ndims: tuple[int, ...]
-    aux_ndims: tuple[int, ...]
-    inexact: tuple[bool, ...]
-    solves_in_jax = True
-    layout = "operator"
-
-    def _single(self, params, aux, v):
-        sources = iter(params), iter(aux)
-        leaves = [next(sources[0] if yes else sources[1]) for yes in self.inexact]
-        return self.call(leaves, v)
-
-    def _transposed(self, params, aux, u):
-        n = self.shape[1]
-        example = jax.ShapeDtypeStruct((n,), u.dtype)
-        (out,) = jax.linear_transpose(lambda v: self._single(params, aux, v), example)(jnp.conj(u))
-        return jnp.conj(out)
-
-    def _block(self, single, params, aux, v):
-        f = jax.vmap(single, (None, None, -1), -1)
-        if v.shape[-1] == 0:
-            rows = self.shape[0] if single == self._single else self.shape[1]
-            return jnp.zeros((*v.shape[:-2], rows, 0), v.dtype)
-        axes = tuple(0 if p.ndim > d else None for p, d in zip(params, self.param_ndims))
-        if v.ndim == 3 or any(a is not None for a in axes):
-            f = jax.vmap(f, (axes, None, 0 if v.ndim == 3 else None))
-        return f(params, aux, v)
-
-    def mv(self, params, aux, v):
-        """A v."""
-        return self._block(self._single, params, aux, v)
-
-    def rmv(self, params, aux, u):
-        """A^H u."""
-        return self._block(self._transposed, params, aux, u)
-
-    def mv_dot(self, params, params_dot, aux, v):
-        """A_dot v."""
-        return jax.jvp(lambda p: self.mv(p, aux, v), (params,), (params_dot,))[1]
-
-    def rmv_dot(self, params, params_dot, aux, u):
-        """A_dot^H u."""
-        return jax.jvp(lambda p: self.rmv(p, aux, u), (params,), (params_dot,))[1]
-
-    def solve(self, problem, ops):
-        """Solve by LSMR on B = [W^(1/2) A; D]: x = B^+ ([W^(1/2) c; 0] + (B^H)^+ g)."""
-        params, aux, w, d2, c, g, gate = ops
-        m, n = self.shape
-        some = c if c is not None else g
-        real = jnp.finfo(some.dtype).dtype
-        sizes = (p.shape[0] for p, d in zip(params, self.param_ndims) if p.ndim > d)
-        sizes = (*sizes, *(t.shape[0] for t in (w, d2) if t is not None and t.ndim == 2))
-        sizes = (*sizes, *(t.shape[0] for t in (c, g) if t is not None and t.ndim == 3))
-        lead = sizes[:1]
-        root = None if w is None else jnp.sqrt(w)[..., None]
-        diagonal = None if d2 is None else jnp.sqrt(d2)[..., None]
-
-        def mv(x):
-            y = self.mv(params, aux, x)
-            y = y if root is None else root * y
-            return y if diagonal is None else jnp.concatenate([y, diagonal * x], -2)
-
-        def rmv(y):
-            top = y[..., :m, :]
-            x = self.rmv(params, aux, top if root is None else root * top)
-            return x if diagonal is None else x + diagonal * y[..., m:, :]
-
-        def enter(t, rows):
-            t = jnp.broadcast_to(t, (*lead, *t.shape[-2:]))
-            if gate is not None:  # a zero right-hand side takes no step
-                t = jnp.where(gate[..., None, None] > 0, t, 0)
-            pad = [(0, 0)] * (t.ndim - 2) + [(0, rows - t.shape[-2]), (0, 0)]
-            return jnp.pad(t, pad)
-
-        rows = m if diagonal is None else m + n
-        o = problem.options
-        settings = {"atol": o.atol, "btol": o.btol, "conlim": o.conlim, "maxiter": o.maxiter}
-        total, runs = None, []
-        if c is not None:
-            total = enter(c if root is None else root * c, rows)
-        if g is not None:
-            runs.append(lsmr(rmv, mv, enter(g, n), **settings))
-            total = runs[0].x if total is None else total + runs[0].x
-        runs.append(lsmr(mv, rmv, total, **settings))
-        x = runs[-1].x
-        ax = self.mv(params, aux, x)
-        r = -ax if c is None else c - ax
-        wr = r if w is None else w[..., None] * r
-        normal = self.rmv(params, aux, wr)
-        if g is not None:
-            normal = normal + g
-        if d2 is not None:
-            normal = normal - d2[..., None] * x
-        residual = jnp.sqrt(jnp.maximum(jnp.real(jnp.conj(r) * wr).sum(-2), 0))
-        missed = _worst([run.status for run in runs])
-        deficient = jnp.ones(lead, real)
-        if problem.nonsingular:
-            deficient = jnp.zeros(lead, real)
-        elif d2 is not None:
-            deficient = jnp.broadcast_to(jnp.where((d2 > 0).all(-1), 0.0, 1.0).astype(real), lead)
-        if gate is not None:
-            deficient = jnp.where(gate > 0, deficient, 0)
-        iterations = sum(run.iterations for run in runs)
-        columns = [missed, iterations, residual, jnp.linalg.norm(normal, axis=-2)]
-        like = residual
-        columns += [
-            jnp.full_like(like, -1),
-            runs[-1].cond,
-            jnp.broadcast_to(deficient[..., None], like.shape),
-        ]
-        columns += [jnp.full_like(like, int(Method.lsmr))]
-        info = jnp.stack([t.astype(real) for t in columns], -1)
-        assert info.shape[-1] == INFO
-        return x, ax, info, deficient
-
-
-def _worst(codes):
-    """Of several statuses the first that failed, else the last."""
-    out = codes[-1]
-    for code in codes[:-1]:
-        bad = jnp.ones(code.shape, bool)
-        for status in Status:
-            if status.converged:
-                bad = bad & (code != int(status))
-        out = jnp.where(bad, code, out)
-    return out
+    hoisted = [*(jnp.asarray(c) for c in traced.consts), *leaves]
+    function = jaxpr_as_fun(jax.make_jaxpr(evaluate)(*hoisted, example))
+    return (lambda *args: function(*args)[0]), hoisted

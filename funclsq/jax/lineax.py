@@ -13,7 +13,7 @@ from typing import Any
 
 try:
     import equinox as eqx
-    import lineax as lx
+    import lineax as lx  # type: ignore[import-untyped]
 except ImportError as error:
     raise ImportError(
         "funclsq.jax.lineax needs lineax and equinox. Install them with pip install 'funclsq[jax]'."
@@ -238,7 +238,7 @@ class _Solver(lx.AbstractLinearSolver):
 
 
 class Cholesky(_Solver):
-    """Sparse Cholesky of the normal equations, refined to the accuracy of QR; see :class:`_Solver`."""
+    """Sparse Cholesky of A^H A, refined to the accuracy of QR; see :class:`_Solver`."""
 
     _name = "cholesky"
 
@@ -299,6 +299,6 @@ def _fitted(pattern: SparsityPattern, shape: tuple[int, int]) -> SparsityPattern
             found = pattern.cache.setdefault("with diagonal", found)
         return found
     raise ValueError(
-        f"pattern must have the shape of the operator, {shape}, or of the Jacobian in a damped one; "
-        f"got {pattern.shape}."
+        f"pattern must have the shape of the operator, {shape}, or of the Jacobian that a damped "
+        f"one has on top; got {pattern.shape}."
     )

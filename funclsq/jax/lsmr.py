@@ -147,7 +147,10 @@ def lsmr(
     status = jnp.where(end.status == _RUNNING, int(Status.MAXITER), end.status)
     failed = (status == int(Status.NONFINITE))[..., None, :]
     return Result(
-        jnp.where(failed, jnp.nan, end.x), status, end.iterations, _cond(end, jnp.abs(end.cbar * 0))
+        jnp.where(failed, jnp.nan, end.x),
+        status,
+        end.iterations,
+        _cond(end, jnp.zeros_like(end.rho)),
     )
 
 
@@ -172,7 +175,8 @@ def _step(mv: Any, rmv: Any, s: _State) -> tuple[_State, Any, Any, Any]:
     zeta, zetabar = cbar * s.zetabar, -sbar * s.zetabar
     # hbar_k = h_k - (thetabar_k rho_k / (rho_{k-1} rhobar_{k-1})) hbar_{k-1}
     hbar = s.h - _col(_div(thetabar * rho, s.rho * s.rhobar)) * s.hbar
-    # x_k = x_{k-1} + (zeta_k / (rho_k rhobar_k)) hbar_k;  h_{k+1} = v_{k+1} - (theta_{k+1} / rho_k) h_k
+    # x_k = x_{k-1} + (zeta_k / (rho_k rhobar_k)) hbar_k
+    # h_{k+1} = v_{k+1} - (theta_{k+1} / rho_k) h_k
     x = s.x + _col(_div(zeta, rho * rhobar)) * hbar
     h = v - _col(_div(theta, rho)) * s.h
     # ||r_k||, section 5: betahat_k = c_k betaddot_k, betaddot_{k+1} = -s_k betaddot_k
@@ -206,9 +210,8 @@ def _cond(s: _State, rhotemp: Any) -> Any:
 
 
 def _norm(t: Any) -> Any:
-    return jnp.sqrt(
-        (jnp.real(t) ** 2 + jnp.imag(t) ** 2).sum(-2) if jnp.iscomplexobj(t) else (t**2).sum(-2)
-    )
+    square = jnp.real(t) ** 2 + jnp.imag(t) ** 2 if jnp.iscomplexobj(t) else t**2
+    return jnp.sqrt(square.sum(-2))
 
 
 def _col(a: Any) -> Any:

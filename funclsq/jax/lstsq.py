@@ -29,7 +29,7 @@ __all__ = ["lstsq", "solve"]
 jax.tree_util.register_pytree_node(
     Solution,
     lambda s: (tuple(getattr(s, name) for name in LEAVES), s.reason),
-    lambda reason, leaves: Solution(*leaves, reason=reason),
+    lambda reason, leaves: Solution(**dict(zip(LEAVES, leaves)), reason=reason),
 )
 
 
@@ -157,7 +157,7 @@ def solve(
     )
     x, info = _run(call, arrays)
     x = _report(call, "solve", on_failure, x, info)
-    return Solution(x, *info, reason=f"solver={opts.solver!r}")
+    return Solution(**dict(zip(LEAVES, (x, *info))), reason=f"solver={opts.solver!r}")
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

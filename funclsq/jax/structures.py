@@ -42,6 +42,14 @@ class Bilinear:
 
     solves_in_jax = False
 
+    def mv(self, params: Any, aux: Any, v: Any) -> Any:
+        """A v."""
+        raise NotImplementedError
+
+    def rmv(self, params: Any, aux: Any, u: Any) -> Any:
+        """A^H u."""
+        raise NotImplementedError
+
     def mv_dot(self, params, params_dot, aux, v):
         """A_dot v."""
         del params

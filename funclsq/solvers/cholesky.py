@@ -25,6 +25,7 @@ from funclsq.solvers._dual import Dual, worthwhile
 from funclsq.solvers._gram import predict
 from funclsq.solvers._normal import flipped, widened
 from funclsq.solvers._protocol import Options, Raw
+from funclsq.solvers.svd import tell_false_claim
 
 __all__ = ["NeedsDense", "predict", "prepare"]
 
@@ -114,6 +115,7 @@ class CholeskyPrepared:
             deficient = torch.ones_like(deficient)
         elif isinstance(self._problem, Dual):  # positive damping
             self.rank, deficient = torch.full_like(self.rank, n), torch.zeros_like(deficient)
+        tell_false_claim(self.rank, min(m, n) if damp is None else n, options)
         self.deficient = bool(deficient) if self.batch is None else deficient
 
     @property

@@ -16,12 +16,9 @@ from the SVD of R cut at that rank.
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
-from funclsq.errors import RankWarning
 from funclsq.operators import Operator
 from funclsq.solution import Method
 from funclsq.solvers._protocol import Options, Raw
@@ -33,6 +30,7 @@ from funclsq.solvers.svd import (
     direct_raw,
     of_matrix,
     pad_rows,
+    tell_false_claim,
 )
 
 __all__ = ["PreparedQR", "prepare"]
@@ -103,13 +101,7 @@ def prepare(
     rank = count_rank(_svdvals(scaled), m, n, B.dtype, options)
     if asked >= q and bool((rank == q).all()):
         return PreparedQR(Q, R, wide, m, cond)
-    if options.rank == "full" and bool((rank < q).any()):
-        warnings.warn(
-            f"rank='full' was asserted, and A has numerical rank {int(rank.min())} of {q} at "
-            f"rcond={rcond:.1e}; the minimum-norm solution is returned. Pass rank='auto'.",
-            RankWarning,
-            stacklevel=2,
-        )
+    tell_false_claim(rank, q, options)
     U, s, Vh = torch.linalg.svd(R)
     if wide:  # B = R^H Q^H = V S (Q U)^H
         return PreparedSVD(Vh.mH, s, Q @ U, rank, int(Method.qr))

@@ -9,11 +9,13 @@ Damping enters as extra rows, B = [A; D], which makes the rank full where D > 0.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from funclsq.errors import RankWarning
 from funclsq.operators import Operator, StackedOp
 from funclsq.solution import Method, Status
 from funclsq.solvers._protocol import Options, Raw
@@ -85,7 +87,22 @@ def prepare(op: Operator, damp: Tensor | None, options: Options, full_rank: bool
 
     ``options.rank`` as an int keeps that many singular values whatever their size.
     """
-    return of_matrix(dense_stack(op, damp), options, int(Method.svd))
+    prepared = of_matrix(dense_stack(op, damp), options, int(Method.svd))
+    tell_false_claim(prepared.rank, min(prepared.U.shape[-2], op.shape[1]), options)
+    return prepared
+
+
+def tell_false_claim(rank: Tensor, full: int, options: Options) -> None:
+    """Warn if rank="full" was asserted of a matrix that has a lower rank."""
+    if options.rank == "full" and bool((rank < full).any()):
+        tolerance = "" if options.rcond is None else f" at rcond={options.rcond:.1e}"
+        warnings.warn(
+            f"rank='full' was asserted, and A has numerical rank {int(rank.min())} of {full}"
+            f"{tolerance}; the minimum-norm solution is returned, but derivatives rely on the "
+            "assertion. Pass rank='auto'.",
+            RankWarning,
+            stacklevel=2,
+        )
 
 
 def of_matrix(A: Tensor, options: Options, method: int) -> PreparedSVD:

@@ -4,7 +4,8 @@ With G = A^H W A + D^2 and its pseudo-inverse G^+ (of fixed rank), four maps suf
 
     T c = G^+ A^H W c        T^H g = W A G^+ g        E g = G^+ g        N g = g - G^+ G g
 
-and x = x0 + T (b - A x0) = T b + E D^2 x0 + N x0. Along a change of A, W and D^2 that keeps the rank they move by
+and x = x0 + T (b - A x0) = T b + E D^2 x0 + N x0. Along a change of A, W and D^2 that keeps the
+rank they move by
 
     T' c = -T A' y + E (A'^H W r + A^H W' r - (D^2)' y) + N A'^H T^H y,    y = T c,  r = c - A y
     E' g = -T A' z - E (A'^H T^H g + A^H W' A z + (D^2)' z) + E T A' n + N A'^H T^H z
@@ -16,7 +17,7 @@ and the gradient of Re <g, x> is, with z = E g, n = N g, y = x - x0, r = b - A x
     weights: Re(conj(A z) r)                    damp^2: -Re(conj(z) y)
 
 whose derivative is the Hessian-vector product. How the maps are applied is given from outside:
-by a dense SVD, by a sparse factorisation, or in 50 digits.
+by a dense SVD, by a sparse factorisation, or in 80 digits.
 
 References: Golub & Pereyra (1973), doi:10.1137/0710036.
 """

@@ -16,7 +16,7 @@ from funclsq.validate.intake import as_problem
 from funclsq.validate.maps_dense import DenseMaps
 from funclsq.validate.maps_sparse import SparseMaps
 from funclsq.validate.oracle_differences import differences
-from funclsq.validate.oracle_mpmath import MP_LIMIT, in_50_digits
+from funclsq.validate.oracle_mpmath import MP_LIMIT, by_mpmath
 from funclsq.validate.oracles_dense import autodiff
 from funclsq.validate.problem import Arrays, Problem
 from funclsq.validate.report import Report, Row
@@ -26,7 +26,7 @@ from funclsq.validate.tolerances import Sensitivity, floors, perturbation
 
 __all__ = ["ORACLES", "cross_check"]
 
-ORACLES = ("closed form", "autodiff", "differences", "50 digits")
+ORACLES = ("closed form", "autodiff", "differences", "mpmath")
 _PERTURBATIONS, _PERTURBATIONS_LARGE = 10, 3  # where m n^2 is below, and above
 _CHEAP = 5_000_000
 _PROBES = 2
@@ -79,7 +79,8 @@ def cross_check(
     oracles : sequence of str, optional
         Some of ``ORACLES``; all that fit the problem unless given. "closed form": the formulas
         of Golub and Pereyra by SVD. "autodiff": JAX's, of a dense QR. "differences": of x alone.
-        "50 digits": mpmath, up to 600 entries. Above 4,000,000 entries in A the closed form goes
+        "mpmath": in 80 digits, up to 600
+        entries. Above 4,000,000 entries in A the closed form goes
         by a refined sparse factorisation, and autodiff is left out.
     candidates : dict of str to callable, optional
         What to judge instead of funclsq; see :func:`torch_candidate` and :func:`jax_candidate`.
@@ -106,7 +107,7 @@ def cross_check(
     >>> import numpy as np
     >>> from funclsq.validate import cross_check
     >>> A = np.array([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]])
-    >>> report = cross_check(A, np.array([1.0, 0.0, 2.0]), oracles=["closed form", "50 digits"])
+    >>> report = cross_check(A, np.array([1.0, 0.0, 2.0]), oracles=["closed form", "mpmath"])
     >>> bool(report), report.failures
     (True, ())
     """
@@ -187,20 +188,20 @@ def _ask(
     reasons = {
         "autodiff": (not has_jax and "JAX is not installed")
         or (not problem.small and "A is too large"),
-        "50 digits": m * n > MP_LIMIT and f"A has more than {MP_LIMIT} entries",
+        "mpmath": m * n > MP_LIMIT and f"A has more than {MP_LIMIT} entries",
     }
     truths: dict[str, dict[str, Estimate]] = {}
     notes = []
     for name in wanted or ORACLES:
         if reasons.get(name):
-            if wanted or name != "50 digits":
+            if wanted or name != "mpmath":
                 notes.append(f"{name}: left out, {reasons[name]}.")
         elif name == "differences":
             truths[name] = differences(problem, d, probes, large)
         else:
             found = closed_form
             if name != "closed form":
-                found = dict((autodiff if name == "autodiff" else in_50_digits)(problem, d))
+                found = dict((autodiff if name == "autodiff" else by_mpmath)(problem, d))
                 found["jvp of jvp"] = np.array(_second(found, d))
             truths[name] = {key: Estimate(a) for key, a in found.items()}
             if not problem.full_column_rank:

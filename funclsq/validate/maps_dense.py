@@ -12,6 +12,9 @@ __all__ = ["DenseMaps"]
 class DenseMaps:
     """T = V S^-1 U^H W^(1/2), E = V S^-2 V^H, N = I - V V^H with [W^(1/2) A; D] = U S V^H.
 
+    Where the rank is n, the columns are scaled to unit length first (V is scaled back, and N is
+    zero), so that badly scaled unknowns cost no accuracy.
+
     Where the rank is less than n, A is replaced by A V V^H, the nearest matrix of that rank (in
     the weighted norm), so that a perturbed A is moved back onto the matrices of fixed rank.
 
@@ -26,7 +29,8 @@ class DenseMaps:
         rank = problem.rank
         self._root = np.sqrt(problem.weights())
         self._u = u[: problem.shape[0], :rank]
-        self._s, self._v = s[:rank, None], vh[:rank].conj().T
+        self._s = s[:rank, None]
+        self._v = problem.column_scale()[:, None] * vh[:rank].conj().T
         self._full = rank == problem.shape[1]
         self.A = problem.toarray()
         if not self._full:

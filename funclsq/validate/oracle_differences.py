@@ -126,6 +126,7 @@ class _Lines:
             k: float(np.sqrt(np.mean(np.abs(a) ** 2))) or 1.0 if a.size else 1.0
             for k, a in problem.inputs.items()
         }
+        self._scale = problem.column_scale()
         self._slack = extremes(problem, self.large)[1]
 
     def stuck(self, key: str) -> bool:
@@ -142,10 +143,10 @@ class _Lines:
             if moved
             else self._here
         )
-        m, n = problem.shape
-        b, A = problem.inputs["b"].reshape(m, -1), problem.matrix
+        A = problem.matrix
+        b, x0 = problem.inputs["b"], problem.inputs.get("x0", np.zeros(problem.shape[1]))
+        b, x0 = (a[:, None] if a.ndim == 1 else a for a in (b, x0))
         A = problem.scattered(problem.inputs["A"]) if A is None else A
-        x0 = problem.inputs.get("x0", np.zeros(n)).reshape(n, -1)
         c = b - A @ x0
         y = [solve(c[:, columns]) for columns, solve in solvers]
         return (x0 + np.concatenate(y, axis=1)).reshape(problem.x_shape)
@@ -180,12 +181,10 @@ class _Lines:
         return _derivative(slopes, self.reach(first), 1e-9)
 
     def _weighted_norm(self, values: np.ndarray) -> float:
-        """Return the norm of W^(1/2) times the matrix with these entries, of the largest W."""
-        w, A = (
-            self.problem.weights().max(axis=1, initial=0)[:, None],
-            self.problem.scattered(values),
-        )
-        return norm_estimate(lambda v: A.conj().T @ (w * (A @ v)), A.shape[1]) ** 0.5
+        """Return the norm of W^(1/2) V S for the matrix V with these entries."""
+        w = self.problem.weights().max(axis=1, initial=0)[:, None]
+        A, S = self.problem.scattered(values), self._scale[:, None]
+        return norm_estimate(lambda v: S * (A.conj().T @ (w * (A @ (S * v)))), S.size) ** 0.5
 
     def reach(self, along: Arrays) -> float:
         """Return a step that stays well inside the region where x is smooth."""
@@ -194,12 +193,13 @@ class _Lines:
             if key == "A":
                 rate += self._weighted_norm(a) / self._slack
             elif key == "damp":
-                rate += float(np.abs(a).max(initial=0)) / self._slack
+                rate += float((np.abs(a) * self._scale).max(initial=0)) / self._slack
             elif key == "weights":
                 w = problem.inputs[key]
                 part = np.abs(a) / np.where(w == 0, w.mean() or 1, w)
                 zero = (np.abs(a) * (w == 0)).max(initial=0)
-                rows = np.linalg.norm(problem.toarray(), axis=1).max() if zero else 0.0
+                A = problem.toarray() * self._scale
+                rows = np.linalg.norm(A, axis=1).max() if zero else 0.0
                 rate += float(part.max(initial=0)) + zero * (rows / self._slack) ** 2
         return min(0.5, 0.3 / rate)
 

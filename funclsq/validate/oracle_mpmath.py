@@ -1,9 +1,10 @@
-"""Oracle in 50 digits: x from a truncated eigendecomposition, derivatives by differences of it.
+"""Oracle in 80 digits: x from the normal equations, derivatives by differences of it.
 
-At 50 digits a central difference with step 1e-15 is good to about 30, so the jvp is the
+At 80 digits a central difference with step 1e-25 is good to 30 and more, so the jvp is the
 difference of x and the Hessian-vector product that of the gradient; only the gradient is a
-formula, and its product with the direction is held against the jvp to 25 digits before anything
-is returned. For small problems: the cost is a few dozen n x n decompositions in Python.
+formula, and its product with the direction is held against the jvp to 20 digits before anything
+is returned. G is inverted, or its eigendecomposition truncated at the known rank. For small
+problems: the cost is a few dozen n x n decompositions in Python.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from funclsq.validate.closed_form import gradient
 from funclsq.validate.problem import Arrays, Problem
 from funclsq.validate.tangents import Directions
 
-__all__ = ["MP_LIMIT", "in_50_digits"]
+__all__ = ["MP_LIMIT", "by_mpmath"]
 
 MP_LIMIT = 600  # entries of A up to which this is quick enough
-_STEP = "1e-15"
-_AGREE = "1e-25"
+_DIGITS = 80
+_STEP = "1e-25"
+_AGREE = "1e-20"
 
 
-def in_50_digits(problem: Problem, d: Directions) -> Arrays:
-    """Return x and its derivatives, computed in 50 digits and rounded to float64.
+def by_mpmath(problem: Problem, d: Directions) -> Arrays:
+    """Return x and its derivatives, computed in 80 digits and rounded to float64.
 
     Parameters
     ----------
@@ -45,7 +47,7 @@ def in_50_digits(problem: Problem, d: Directions) -> Arrays:
     ArithmeticError
         If the gradient disagrees with the differences of x, so that the oracle cannot be trusted.
     """
-    with mpmath.workdps(50):
+    with mpmath.workdps(_DIGITS):
         h = mpmath.mpf(_STEP)
         exact = Problem(
             problem.row,
@@ -55,7 +57,7 @@ def in_50_digits(problem: Problem, d: Directions) -> Arrays:
             problem.rank,
             problem.dtype,
         )
-        if not problem.full_column_rank:  # start on the matrices of this rank, in 50 digits too
+        if not problem.full_column_rank:  # start on the matrices of this rank, in 80 digits too
             exact = dataclasses.replace(exact, matrix=_Maps(exact.column_problems()[0][1]).A)
         tangents = {key: _exact(a) for key, a in d.tangents.items()}
         x_bar = _exact(d.cotangent)
@@ -71,7 +73,7 @@ def in_50_digits(problem: Problem, d: Directions) -> Arrays:
             size = _norm(x_bar) * (_norm(x_dot) + _norm(along))
             if abs(left - right) > mpmath.mpf(_AGREE) * size:
                 raise ArithmeticError(
-                    f"validate: in 50 digits the gradient in {key} disagrees with differences of "
+                    f"validate: in 80 digits the gradient in {key} disagrees with differences of "
                     f"x by {mpmath.nstr(abs(left - right), 3)}"
                 )
         up, down = at(tangents, h), at(tangents, -h)

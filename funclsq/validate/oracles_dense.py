@@ -27,7 +27,8 @@ def closed_form(problem: Problem, d: Directions) -> Arrays:
 def autodiff(problem: Problem, d: Directions) -> Arrays:
     """Return x and its derivatives by JAX's autodiff of a dense formula, in float64.
 
-    The formula is, with M = [W^(1/2) A; D] and c = [W^(1/2)(b - A x0); 0]:
+    The formula is, with M = [W^(1/2) A; D] and c = [W^(1/2)(b - A x0); 0], the columns scaled
+    where their rank is full:
 
     - full column rank: M = Q R, x = x0 + R^-1 Q^H c;
     - full row rank: M^H = Q R, x = x0 + Q R^-H c;
@@ -64,18 +65,18 @@ def _autodiff(problem: Problem, d: Directions) -> Arrays:
     import jax.numpy as jnp
 
     parts = [(s, _formula(part)) for s, part in problem.column_problems()]
-    m, n = problem.shape
+    (m, n), S = problem.shape, problem.column_scale()
 
     def solve(inputs: dict[str, Any]) -> Any:
         A = jnp.zeros((m, n), inputs["A"].dtype).at[problem.row, problem.col].add(inputs["A"])
         blocks = []
         for columns, formula in parts:
             own = problem.only(columns, inputs)
-            b = own["b"].reshape(m, -1)
-            x0 = own.get("x0", jnp.zeros(n, b.dtype)).reshape(n, -1)
+            b, x0 = own["b"], own.get("x0", jnp.zeros(n, own["b"].dtype))
+            b, x0 = (a[:, None] if a.ndim == 1 else a for a in (b, x0))
             w = own.get("weights", jnp.ones(m))[:, None]
             damp = jnp.broadcast_to(own.get("damp", 0.0), (n,))
-            blocks.append(x0 + formula(A, b - A @ x0, w, damp))
+            blocks.append(x0 + S[:, None] * formula(A * S, b - A @ x0, w, damp * S))
         return jnp.concatenate(blocks, axis=1).reshape(problem.x_shape)
 
     def loss(inputs: dict[str, Any]) -> Any:

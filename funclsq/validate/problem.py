@@ -78,7 +78,7 @@ class Problem:
 
     def scattered(self, values: np.ndarray) -> Any:
         """Return the matrix with these entries: an array where it is small, else SciPy CSR."""
-        if not self.small:
+        if not self.small and values.dtype != object:
             return scipy.sparse.coo_array((values, (self.row, self.col)), self.shape).tocsr()
         dense = np.zeros(self.shape, dtype=values.dtype)
         np.add.at(dense, (self.row, self.col), values)
@@ -118,6 +118,17 @@ class Problem:
             matrix = matrix + t * self._full(change["A"])
         return dataclasses.replace(self, inputs=inputs, matrix=matrix)
 
+    def column_scale(self) -> np.ndarray:
+        """Return the scaling S that makes the columns of [A; D] S unit vectors, shape (n,).
+
+        All ones where A has no full column rank: there the scaled solution would be another.
+        """
+        if not self.full_column_rank:
+            return np.ones(self.shape[1])
+        A = self.scattered(self.inputs["A"])
+        squares = np.asarray((abs(A) ** 2).sum(axis=0)).ravel() + self.damping() ** 2
+        return 1 / np.sqrt(np.where(squares > 0, squares, 1.0))
+
     def column_problems(self) -> list[tuple[slice, Problem]]:
         """Split into problems that share one matrix: by column where the weights differ so."""
         if self.inputs.get("weights", np.ones(0)).ndim < 2:
@@ -154,9 +165,13 @@ class Problem:
 
 
 def stacked_svd(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return U, s, V^H of [W^(1/2) A; D], V square; weights the same for all columns."""
+    """Return U, s, V^H of [W^(1/2) A; D] S, V square; weights the same for all columns."""
+    scaled = problem.column_scale()
     stacked = np.vstack(
-        [np.sqrt(problem.weights()) * problem.toarray(), np.diag(problem.damping())]
+        [
+            np.sqrt(problem.weights()) * problem.toarray() * scaled,
+            np.diag(problem.damping() * scaled),
+        ]
     )
     u, s, vh = np.linalg.svd(stacked, full_matrices=False)
     return u, s, vh

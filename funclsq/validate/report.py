@@ -44,7 +44,7 @@ class Row:
     @property
     def passed(self) -> bool:
         """Whether the error is within the tolerance (a NaN is not)."""
-        return self.error <= self.tolerance
+        return bool(self.error <= self.tolerance)
 
 
 @dataclasses.dataclass(frozen=True)

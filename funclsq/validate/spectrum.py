@@ -15,7 +15,9 @@ _STEPS = 12
 
 
 def extremes(problem: Problem, make_maps: Callable[[Problem], Any]) -> tuple[float, float]:
-    """Return the largest and the smallest nonzero singular value of [W^(1/2) A; D].
+    """Return the largest and the smallest nonzero singular value of [W^(1/2) A; D] S.
+
+    S scales the columns to unit length where A has full column rank.
 
     By an SVD where A is small enough for one; by power iterations otherwise, which are good to
     some ten percent.
@@ -30,12 +32,16 @@ def extremes(problem: Problem, make_maps: Callable[[Problem], Any]) -> tuple[flo
         else:
             maps, n = make_maps(part), problem.shape[1]
             w, d2 = part.weights(), part.damping()[:, None] ** 2
+            S = part.column_scale()[:, None]
 
-            def gram(v: np.ndarray, A: Any = maps.A, w: Any = w, d2: Any = d2) -> np.ndarray:
-                return A.conj().T @ (w * (A @ v)) + d2 * v
+            def gram(v: Any, A: Any = maps.A, w: Any = w, d2: Any = d2, S: Any = S) -> Any:
+                return S * (A.conj().T @ (w * (A @ (S * v))) + d2 * S * v)
+
+            def inverse(v: Any, E: Any = maps.E, S: Any = S) -> Any:
+                return E(v / S) / S
 
             top = norm_estimate(gram, n) ** 0.5
-            bottom = norm_estimate(maps.E, n) ** -0.5
+            bottom = norm_estimate(inverse, n) ** -0.5
         largest, smallest = max(largest, top), min(smallest, bottom)
     return largest, smallest
 

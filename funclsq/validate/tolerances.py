@@ -70,7 +70,7 @@ class Sensitivity:
             typical = np.linalg.norm(self.base[name]) / np.sqrt(max(each.shape[1], 1))
             scale = max(scale, float(np.linalg.norm(each) * typical))
         if scale == 0:
-            return Allowance(1.0, 0.0, "exactly zero")
+            return Allowance(1.0, _OWN * estimate.error, "exactly zero")
         own = _OWN * estimate.error / scale
         if not own <= CAP:
             return None
@@ -100,16 +100,19 @@ def floors(problem: Problem, d: Directions, base: Arrays, cond: float) -> dict[s
     """
     m = problem.shape[0]
     size = {key: float(np.linalg.norm(a)) for key, a in base.items()}
-    b, x = problem.inputs["b"].reshape(m, -1), base["x"].reshape(problem.shape[1], -1)
+    k = problem.columns
+    b, x = problem.inputs["b"].reshape(m, k), base["x"].reshape(problem.shape[1], k)
     g = float(np.linalg.norm(d.cotangent))
     out = {"vjp b": g * size["x"] / (float(np.linalg.norm(b)) or 1.0)}
-    if "x0" in problem.inputs and problem.full_column_rank and not problem.damping().any():
-        out["vjp x0"], out["jvp x0"] = g * cond, float(np.linalg.norm(d.tangents["x0"])) * cond
+    if "x0" in problem.inputs:
+        # Of full rank and undamped, g - A^H T^H g is what a solver's rounding leaves of it.
+        lost = cond if problem.full_column_rank and not problem.damping().any() else 1.0
+        out["vjp x0"], out["jvp x0"] = g * lost, float(np.linalg.norm(d.tangents["x0"])) * lost
     if "weights" in problem.inputs:
         w = problem.weights()
         inverse = np.divide(1, w, out=np.zeros_like(w), where=w > 0)
         fit = np.abs(b) + np.abs(problem.scattered(np.abs(problem.inputs["A"])) @ np.abs(x))
-        az = np.maximum(np.abs(base["vjp b"]).reshape(m, -1), out["vjp b"] / max(b.size, 1) ** 0.5)
+        az = np.maximum(np.abs(base["vjp b"]).reshape(m, k), out["vjp b"] / max(b.size, 1) ** 0.5)
         out["vjp weights"] = float(np.linalg.norm(az * fit * inverse))
         out["jvp weights"] = size["x"]
     rates = [
@@ -122,5 +125,5 @@ def floors(problem: Problem, d: Directions, base: Arrays, cond: float) -> dict[s
         if f"vjp {key}" in out:
             out[f"hvp {key}"] = out[f"vjp {key}"] * rate
     if "hvp x0" in out:
-        out["hvp x0"] *= cond
+        out["hvp x0"] *= lost
     return out

@@ -252,9 +252,7 @@ def _jax_product(problem: Problem, jax: Any, jnp: Any) -> Callable[..., Any]:
     m = problem.A.shape[0]
 
     def product(v, values):
-        out = jax.ops.segment_sum(
-            values * v[col], row, num_segments=m, indices_are_sorted=True
-        )
+        out = jax.ops.segment_sum(values * v[col], row, num_segments=m, indices_are_sorted=True)
         return jnp.concatenate([out, problem.damp * v]) if problem.damp else out
 
     return product

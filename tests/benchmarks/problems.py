@@ -84,7 +84,9 @@ def random_rows(m: int, n: int, per_row: int, seed: int = 0, spread: float = 1.5
 
 def grid(side: int) -> sp.csr_array:
     """First differences between neighbours of a grid; damping makes it a screened Laplacian."""
-    D = sp.diags_array([-np.ones(side - 1), np.ones(side - 1)], offsets=[0, 1], shape=(side - 1, side))
+    D = sp.diags_array(
+        [-np.ones(side - 1), np.ones(side - 1)], offsets=[0, 1], shape=(side - 1, side)
+    )
     eye = sp.eye_array(side)
     return _csr(sp.vstack([sp.kron(D, eye), sp.kron(eye, D)]))
 
@@ -101,7 +103,9 @@ def bundle(cameras: int, points: int, seen: int, seed: int = 0) -> sp.csr_array:
     col = np.repeat(col, 2, 0)
     row = np.repeat(np.arange(2 * count), 12)
     values = rng.standard_normal((2 * count, 12))
-    J = sp.coo_array((values.ravel(), (row, col.ravel())), shape=(2 * count, cameras * 9 + points * 3))
+    J = sp.coo_array(
+        (values.ravel(), (row, col.ravel())), shape=(2 * count, cameras * 9 + points * 3)
+    )
     return _csr(sp.vstack([J, 1e-3 * sp.eye_array(J.shape[1])]))
 
 
@@ -197,8 +201,10 @@ def reference(problem: Problem, data: Data) -> tuple[np.ndarray, np.ndarray, np.
     r, y = b - product(x), product(z)
     values_bar = (r[problem.row] * z[A.indices] - y[problem.row] * x[A.indices]).sum(1)
     shape = data.x_bar.shape
-    return x.astype(float).reshape(shape), values_bar.astype(float), y.astype(float).reshape(
-        data.b.shape
+    return (
+        x.astype(float).reshape(shape),
+        values_bar.astype(float),
+        y.astype(float).reshape(data.b.shape),
     )
 
 
@@ -228,7 +234,9 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "one-hot": lambda: Problem("one-hot regression", one_hot(50_000, (800, 300, 40))),
     "terrain": lambda: Problem("terrain", terrain(60_000, 120)),
     "tomography": lambda: Problem("tomography 64 x 64, damped", tomography(64, 90), damp=0.1),
-    "tomography-128": lambda: Problem("tomography 128 x 128, damped", tomography(128, 120), damp=0.1),
+    "tomography-128": lambda: Problem(
+        "tomography 128 x 128, damped", tomography(128, 120), damp=0.1
+    ),
     "well1033": lambda: Problem("well1033", real("sparse_lsq/well1033.mtx.gz")),
     "illc1850": lambda: Problem("illc1850", real("sparse_lsq/illc1850.mtx.gz")),
     "lp_fit2p_T": lambda: Problem("LP fit2p transposed", real("sparse_lsq/lp_fit2p_T.mtx.gz")),

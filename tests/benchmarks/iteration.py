@@ -1,0 +1,103 @@
+"""An LSMR iteration against its own products and vector updates, and the bandwidth floor."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import funclsq as fl
+from funclsq.operators import SparseStructure
+from tests.benchmarks.problems import Problem, random_rows
+from tests.benchmarks.suite import log
+from tests.benchmarks.timing import once
+
+__all__ = ["bandwidth", "iteration"]
+
+FEW, MANY = 5, 25  # iterations; the difference is free of what a solve costs besides
+
+
+def bandwidth(repetitions: int = 7) -> float:
+    """Bytes per second of a triad a = b + s c on 3 x 64 MB, on this machine with these threads."""
+    b, c = (torch.rand(8_000_000, dtype=torch.float64) for _ in range(2))
+    a = torch.empty_like(b)
+    seconds = [once(lambda: torch.add(b, c, alpha=1.5, out=a))[0] for _ in range(repetitions)]
+    return 3 * a.numel() * 8 / min(seconds)
+
+
+def iteration(sizes: tuple[int, ...], repetitions: int, speed: float) -> list[dict[str, Any]]:
+    """Seconds per iteration, by hand and at the least, for matrices of 10 entries per row."""
+    rows = []
+    for nnz in sizes:
+        rows.append(_one_size(nnz, repetitions, speed))
+        each, hand, floor = rows[-1]["iteration"], rows[-1]["by_hand"], rows[-1]["floor"]
+        log(
+            f"nnz {nnz:9}: an iteration {statistics.median(each) * 1e6:9.0f} us, by hand "
+            f"{statistics.median(hand) * 1e6:9.0f} us, floor {floor * 1e6:9.0f} us, "
+            f"ratio {rows[-1]['ratio']:.2f}"
+        )
+    return rows
+
+
+def _one_size(nnz: int, repetitions: int, speed: float) -> dict[str, Any]:
+    m, n = nnz // 10, nnz // 15  # slow to converge: no solve ends before MANY iterations
+    A = random_rows(m, n, 10, spread=0.0)
+    S = fl.SparsityPattern(Problem("", A).row, A.indices, A.shape)
+    values = torch.from_numpy(A.data)
+    b = torch.rand(m, dtype=torch.float64)
+
+    def solve(maxiter: int, scale: float) -> Any:
+        options: dict[str, Any] = {"solver": "lsmr", "rank": "full", "on_failure": "ignore"}
+        options |= {"maxiter": maxiter, "atol": 0.0, "btol": 0.0}
+        return fl.lstsq(fl.Sparse(S, values * scale), b, **options)
+
+    by_hand = _by_hand(SparseStructure(S).bind((values,)))
+    solve(FEW, 0.9)
+    by_hand(1)
+    each, hand = [], []
+    for repetition in range(repetitions):
+        scale = 1 + 0.01 * (repetition + 1)
+        short, long, plain = [], [], []
+        for i in range(3):
+            short.append(once(solve, FEW, scale + 0.001 * i)[0])
+            plain.append(once(by_hand, MANY - FEW)[0] / (MANY - FEW))
+            long.append(once(solve, MANY, scale + 0.001 * i + 0.005)[0])
+        each.append((min(long) - min(short)) / (MANY - FEW))
+        hand.append(min(plain))
+    # values and int32 columns of A and of A^T and their row starts, then vectors: a product
+    # reads one and writes one; 2 updates of u (5 passes), 2 of v (5), one norm each, h, hbar, x (9)
+    moved = A.nnz * 24 + (m + n) * 4 + 8 * (8 * m + 17 * n)
+    return {
+        "nnz": A.nnz,
+        "iteration": each,
+        "by_hand": hand,
+        "floor": moved / speed,
+        "ratio": statistics.median(a / h for a, h in zip(each, hand)),
+    }
+
+
+def _by_hand(op: Any) -> Callable[[int], None]:
+    """The two products and the vector updates of LSMR, with constants for its scalars."""
+    m, n = op.shape
+    u, u_next = (torch.rand(m, 1, dtype=torch.float64) for _ in range(2))
+    v, v_next, h, hbar, x = (torch.rand(n, 1, dtype=torch.float64) for _ in range(5))
+
+    def run(count: int) -> None:
+        a, b = u, u_next
+        for _ in range(count):
+            op.mv(v, out=b)
+            b.add_(a, alpha=-0.5)
+            torch.linalg.vector_norm(b).item()
+            b.mul_(0.99)
+            op.rmv(b, out=v_next)
+            v_next.add_(v, alpha=-0.5)
+            torch.linalg.vector_norm(v_next).item()
+            v_next.mul_(0.01)
+            torch.add(h, hbar, alpha=0.5, out=hbar)
+            x.add_(hbar, alpha=0.5)
+            torch.add(v, h, alpha=0.5, out=h)
+            a, b = b, a
+
+    return run
