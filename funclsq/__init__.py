@@ -1,6 +1,6 @@
 """Differentiable sparse least squares: one functional core, the same in torch and in JAX."""
 
-from funclsq import solver_functions as solvers
+from funclsq import solvers
 from funclsq.errors import ConvergenceError, ConvergenceWarning, FunclsqWarning, RankWarning
 from funclsq.factorize import Factorization, covariance, factorize
 from funclsq.lstsq import lstsq, solve

@@ -53,11 +53,11 @@ from funclsq.forward_mode import nested_forward_mode, primals, transformed
 from funclsq.matrix import matmul, matmul_dot, outer, reduce_batch, rmatmul, rmatmul_dot
 from funclsq.opaque import solve_op
 from funclsq.raw import Plan
-from funclsq.solution import Status
+from funclsq.solution import Method, Status
 
 __all__ = ["solve"]
 
-_SLOT_DEFICIENT = 6
+_SLOT_DEFICIENT, _SLOT_METHOD = 6, 7
 
 
 class _ReverseSolve(Function):
@@ -154,9 +154,9 @@ def _pull(plan, w, d2, c, g, gate, x, ax, info, params, k, k_ax, needs):
             au = _image_of_inverse(plan, w, d2, x, deficient, params)
             if au is not None:
                 lefts.append(_rows(w, au))
-                rights.append(_null(structure, params, w, d2, k, z, az, deficient))
+                rights.append(_null(plan, params, w, d2, k, z, az, deficient, info))
             if g is not None and au is not None:
-                n_g = _null_of_g(plan, w, d2, c, g, x, ax, params, deficient)
+                n_g = _null_of_g(plan, w, d2, c, g, x, ax, params, deficient, info)
                 agz = _image_of_inverse(plan, w, d2, z, deficient, params)
                 lefts.append(_rows(w, agz))
                 rights.append(n_g)
@@ -187,14 +187,14 @@ def _push(plan, w, d2, c, g, gate, x, ax, info, params, tangents):
         second = _plus(second, -d2_dot.unsqueeze(-1) * x)
     if deficient is not None:
         if g is not None:
-            n_g = _null_of_g(plan, w, d2, c, g, x, ax, params, deficient)
+            n_g = _null_of_g(plan, w, d2, c, g, x, ax, params, deficient, info)
             moved_null = matmul_dot(structure, params, params_dot, n_g)
             correction, _, _ = solve(plan, w, d2, moved_null, None, deficient, params)
             second = _plus(second, correction)
         _, au, _ = solve(plan, w, d2, None, x, deficient, params)
         v = rmatmul_dot(structure, params, params_dot, _rows(w, au))
         z, az, _ = solve(plan, w, d2, None, v, deficient, params)
-        null_term = _null(structure, params, w, d2, v, z, az, deficient)
+        null_term = _null(plan, params, w, d2, v, z, az, deficient, info)
     if first is None and second is None:
         return None, None
     x_dot, ax_dot, _ = solve(plan, w, d2, first, second, gate, params)
@@ -218,19 +218,27 @@ def _image_of_inverse(plan, w, d2, v, gate, params):
     return None if _is_zero(info[..., 0] != Status.SKIPPED) else image
 
 
-def _null(structure, params, w, d2, v, z, az, deficient):
-    """(I - P) v = v - A^H W A z - D2 z with z = G^+ v, zero where G is invertible."""
-    out = v - rmatmul(structure, params, _rows(w, az))
+def _null(plan, params, w, d2, v, z, az, deficient, info):
+    """(I - P) v = v - A^H W A z - D2 z with z = G^+ v, zero where G is invertible.
+
+    That leaves eps cond^2 |v| of the range behind. A second projection, by S itself, which is
+    accurate to eps cond, removes it; it is made where a kept factor makes it cheap.
+    """
+    out = v - rmatmul(plan.structure, params, _rows(w, az))
     if d2 is not None:
         out = out - d2.unsqueeze(-1) * z
+    if _factored(info):
+        damped = None if d2 is None else d2.unsqueeze(-1) * out
+        image = matmul(plan.structure, params, out)
+        out = out - solve(plan, w, d2, image, damped, deficient, params)[0]
     return deficient.to(out.dtype)[..., None, None] * out
 
 
-def _null_of_g(plan, w, d2, c, g, x, ax, params, deficient):
+def _null_of_g(plan, w, d2, c, g, x, ax, params, deficient, info):
     """n_g = (I - P) g; where c is present x is not G^+ g alone, and that is solved for."""
     if c is not None:
         x, ax, _ = solve(plan, w, d2, None, g, deficient, params)
-    return _null(plan.structure, params, w, d2, g, x, ax, deficient)
+    return _null(plan, params, w, d2, g, x, ax, deficient, info)
 
 
 def _deficiency(plan: Plan, info: Tensor, gate: Tensor | None) -> Tensor | None:
@@ -241,6 +249,13 @@ def _deficiency(plan: Plan, info: Tensor, gate: Tensor | None) -> Tensor | None:
     if gate is not None:
         flag = flag * gate
     return None if _is_zero(flag) else flag
+
+
+def _factored(info: Tensor) -> bool:
+    """Whether a factor is kept, so that one more solve costs little; True where none can see."""
+    code = info[..., _SLOT_METHOD]
+    direct = (code == Method.cholesky) | (code == Method.qr) | (code == Method.svd)
+    return not _is_zero(direct)
 
 
 def _is_zero(flag: Tensor) -> bool:

@@ -14,9 +14,9 @@ from funclsq.inputs import Problem, canonical, settings
 from funclsq.lstsq import _solve as solve_problem
 from funclsq.lstsq import solution, solve
 from funclsq.matrix import matmul, rmatmul
+from funclsq.methods._descend import Quadratic, Rule, descend, spectral_bound
+from funclsq.methods.gradient_descent import MAXITER
 from funclsq.solution import LEAVES, Method, Solution, Status
-from funclsq.solvers._descend import Quadratic, Rule, descend, spectral_bound
-from funclsq.solvers.gradient_descent import MAXITER
 
 __all__ = ["Descent", "History", "gradient_descent"]
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from funclsq.matrix_free import LinearOperator
+from funclsq.methods import registry
+from funclsq.methods._protocol import Options
 from funclsq.operators import DenseStructure, SparseStructure
 from funclsq.raw import Plan
-from funclsq.solvers import registry
-from funclsq.solvers._protocol import Options
 from funclsq.sparse import Sparse
 from funclsq.torch_sparse import is_sparse, pattern_and_values
 from funclsq.traced import traced_plan, traced_structure

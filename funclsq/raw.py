@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from funclsq.errors import ConvergenceError, ConvergenceWarning
+from funclsq.methods import registry
+from funclsq.methods._protocol import Options, Prepared
 from funclsq.operators import Operator
 from funclsq.range import exponent, extreme, moderate, power, representable, safe_norm, shifted
 from funclsq.solution import Status, describe
-from funclsq.solvers import registry
-from funclsq.solvers._protocol import Options, Prepared
 
 __all__ = ["Plan", "clear_cache", "raw_solve", "solver_calls"]
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-
+from funclsq.methods._protocol import Options
 from funclsq.operators import DenseStructure, SparseStructure
 from funclsq.pattern import SparsityPattern, pattern_of_handle
 from funclsq.raw import Plan
-from funclsq.solvers._protocol import Options
 
 __all__ = ["traced_plan", "traced_structure"]
 

@@ -319,6 +319,5 @@ def check(got: Tensor, want: Expected, what: str, pull: Callable[[Tensor], Tenso
     assert tuple(got.shape) == tuple(value.shape), (what, got.shape, value.shape)
     error = float(_norm(got.to(value.dtype) - value)) if value.numel() else 0.0
     assert error <= want.tolerance, (
-        f"{what}: error {error:.3e} exceeds {want.tolerance:.3e} "
-        f"(size {float(_norm(value)):.3e})"
+        f"{what}: error {error:.3e} exceeds {want.tolerance:.3e} (size {float(_norm(value)):.3e})"
     )

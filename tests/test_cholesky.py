@@ -12,13 +12,13 @@ import torch
 from problems import FAMILIES, Exact, by_qr, laplacian
 
 from funclsq.backends import available
+from funclsq.methods._dual import worthwhile
+from funclsq.methods._gram import estimate, gram_of
+from funclsq.methods._protocol import Options
+from funclsq.methods.cholesky import NeedsDense, predict, prepare
 from funclsq.operators import DenseOp, SparseOp
 from funclsq.pattern import SparsityPattern
 from funclsq.solution import Status
-from funclsq.solvers._dual import worthwhile
-from funclsq.solvers._gram import estimate, gram_of
-from funclsq.solvers._protocol import Options
-from funclsq.solvers.cholesky import NeedsDense, predict, prepare
 
 EPS = np.finfo(float).eps
 

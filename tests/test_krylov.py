@@ -9,12 +9,12 @@ import pytest
 import scipy.sparse
 import torch
 
+from funclsq.methods import cgls, lsmr, lsqr
+from funclsq.methods._protocol import Options
+from funclsq.methods._scalars import TensorScalars
 from funclsq.operators import DenseOp, SparseOp
 from funclsq.pattern import SparsityPattern
 from funclsq.solution import Status
-from funclsq.solvers import cgls, lsmr, lsqr
-from funclsq.solvers._protocol import Options
-from funclsq.solvers._scalars import TensorScalars
 
 METHODS = pytest.mark.parametrize("method", [lsmr, lsqr, cgls], ids=["lsmr", "lsqr", "cgls"])
 SHAPES = {
@@ -541,7 +541,7 @@ def test_scalars_kept_on_a_device(method, monkeypatch):
         A, b, g = make(kind, np.float64, 3)
         expected = prepare(method, A).solve(*columns(b, g))
         with monkeypatch.context() as patch:
-            patch.setattr("funclsq.solvers._iterate.scalars_for", on_device)
+            patch.setattr("funclsq.methods._iterate.scalars_for", on_device)
             raw = prepare(method, A).solve(*columns(b, g))
         assert error(raw.x, expected.x.numpy()) < 1e-11
         assert all(Status(int(s)).converged for s in raw.status)

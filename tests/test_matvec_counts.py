@@ -12,7 +12,7 @@ import torch
 
 import funclsq as fl
 from funclsq import operators
-from funclsq.solvers._normal import Normal
+from funclsq.methods._normal import Normal
 
 FULL_RANK = 1.3  # of the forward products: one run with z and A z together
 UNKNOWN_RANK = 3.3  # a probe of the rank, or the two applications of G^+ of the null-space term

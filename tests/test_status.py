@@ -9,10 +9,10 @@ import torch
 from cases import SOLVERS, operands, problem
 
 import funclsq as fl
+from funclsq.methods._protocol import Options
 from funclsq.operators import DenseStructure
 from funclsq.raw import Plan, raw_solve
 from funclsq.solution import describe
-from funclsq.solvers._protocol import Options
 
 F64 = torch.float64
 S = fl.Status

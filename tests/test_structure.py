@@ -67,7 +67,7 @@ def test_equal_content_is_an_equal_pattern():
 def test_a_pattern_takes_jax_arrays():
     jnp = pytest.importorskip("jax.numpy")
     S = fl.SparsityPattern(jnp.array([0, 1, 2]), jnp.array([1, 0, 1]), (3, 2))
-    assert S == fl.SparsityPattern([0, 1, 2], [1, 0, 1], (3, 2))
+    assert fl.SparsityPattern([0, 1, 2], [1, 0, 1], (3, 2)) == S
 
 
 def test_a_pattern_is_not_changed_by_what_it_was_made_from():
@@ -310,7 +310,7 @@ def test_a_pattern_made_inside_a_transform_serves_outside_it():
     for S in made:
         x = fl.lstsq(fl.Sparse(S, values), torch.ones(3, dtype=F64))
         torch.testing.assert_close(x, torch.tensor([1.0, 5 / 13], dtype=F64))
-        assert S == made[0]
+        assert made[0] == S
 
 
 # ---------------------------------------------------------------------------------------------

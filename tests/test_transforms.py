@@ -410,7 +410,7 @@ def test_saved_tensor_hooks_see_what_is_saved_and_may_replace_it(name, layout):
     assert packed
     check(bars[1], ref.grad["b"], "gradient of b")
     want = LAYOUTS[layout].pull(ref.grad["A"].value, ref.problem.stored)
-    error = torch.linalg.vector_norm((bars[0].to_dense() - want.to_dense()))
+    error = torch.linalg.vector_norm(bars[0].to_dense() - want.to_dense())
     assert error <= ref.grad["A"].tolerance
 
 

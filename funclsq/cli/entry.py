@@ -14,7 +14,7 @@ from funclsq import __version__
 from funclsq.cli.commands import check, demo, solve
 from funclsq.cli.files import UserError
 from funclsq.errors import ConvergenceError, FunclsqWarning
-from funclsq.solvers import registry
+from funclsq.methods import registry
 
 __all__ = ["main"]
 

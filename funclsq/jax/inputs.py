@@ -18,7 +18,7 @@ from funclsq.jax.convert import from_torch, require_representable
 from funclsq.jax.primitive import Problem
 from funclsq.jax.sparse import Sparse, concrete_pattern
 from funclsq.jax.structures import Dense, Indexed, Static
-from funclsq.solvers._protocol import Options
+from funclsq.methods._protocol import Options
 from funclsq.sparse import Sparse as TorchSparse
 
 __all__ = ["Call", "array", "canonical", "matrix"]

@@ -36,8 +36,8 @@ from jax.interpreters import ad, batching, mlir
 from funclsq.jax.bridge import host_call
 from funclsq.jax.host import HostSolve
 from funclsq.jax.rules import abstract, eager, no_tangent, vary
+from funclsq.methods._protocol import Options
 from funclsq.raw import INFO
-from funclsq.solvers._protocol import Options
 
 __all__ = ["Operands", "Problem", "S"]
 

@@ -32,7 +32,7 @@ from funclsq.validate.tangents import Directions
 __all__ = ["differences"]
 
 _UNITS = 100  # inputs of at most this size are differenced in every entry
-_ROUNDING = 4 * np.finfo(float).eps  # of x, relative
+_ROUNDING = 16 * np.finfo(float).eps  # of x, relative
 _SECOND = 200_000  # m n^2 up to which second differences are affordable
 
 

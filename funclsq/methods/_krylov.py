@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funclsq.methods._extended_cg import ExtendedCg
+from funclsq.methods._progress import reporter
+from funclsq.methods._protocol import Options, Raw
+from funclsq.methods._verify import Answer, Settings, norms, solve_verified
 from funclsq.operators import StackedOp
 from funclsq.solution import Method, Status
-from funclsq.solvers._extended_cg import ExtendedCg
-from funclsq.solvers._progress import reporter
-from funclsq.solvers._protocol import Options, Raw
-from funclsq.solvers._verify import Answer, Settings, norms, solve_verified
 
 __all__ = ["PreparedKrylov"]
 

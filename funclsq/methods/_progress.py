@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from funclsq.solvers._protocol import Options
+from funclsq.methods._protocol import Options
 
 __all__ = ["reporter"]
 

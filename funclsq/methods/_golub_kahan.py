@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funclsq.solvers._scalars import Scalars, keep_columns
+from funclsq.methods._scalars import Scalars, keep_columns
 
 __all__ = ["GolubKahan", "Inverse"]
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funclsq.methods._protocol import Options, Raw
+from funclsq.methods.svd import pad_rows
 from funclsq.operators import DenseOp, Operator, SparseOp, StackedOp
 from funclsq.products import csr_tensor
 from funclsq.solution import Method, Solution, Status
-from funclsq.solvers._protocol import Options, Raw
-from funclsq.solvers.svd import pad_rows
 
 __all__ = ["PreparedForeign", "prepare"]
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from funclsq.methods._scalars import FloatScalars, Scalars, scalars_for
 from funclsq.solution import Status
-from funclsq.solvers._scalars import FloatScalars, Scalars, scalars_for
 
 __all__ = ["Run", "Targets", "iterate"]
 

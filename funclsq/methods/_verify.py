@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from funclsq.methods._golub_kahan import Inverse
+from funclsq.methods._iterate import Report, Run, Targets, iterate
 from funclsq.range import safe_norm
 from funclsq.solution import Status
-from funclsq.solvers._golub_kahan import Inverse
-from funclsq.solvers._iterate import Report, Run, Targets, iterate
 
 __all__ = ["Answer", "Settings", "solve_verified"]
 

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funclsq.methods._protocol import Options, Prepared, Raw
+from funclsq.methods.cholesky import NeedsDense, predict
+from funclsq.methods.cholesky import prepare as prepare_cholesky
+from funclsq.methods.lsmr import prepare as prepare_lsmr
+from funclsq.methods.qr import prepare as prepare_qr
 from funclsq.operators import DenseOp, Operator, SparseOp
 from funclsq.solution import Status
-from funclsq.solvers._protocol import Options, Prepared, Raw
-from funclsq.solvers.cholesky import NeedsDense, predict
-from funclsq.solvers.cholesky import prepare as prepare_cholesky
-from funclsq.solvers.lsmr import prepare as prepare_lsmr
-from funclsq.solvers.qr import prepare as prepare_qr
 
 __all__ = ["PreparedAuto", "prepare"]
 

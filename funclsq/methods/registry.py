@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from funclsq.methods import foreign
+from funclsq.methods._protocol import Options, Prepared
+from funclsq.methods.auto import prepare as prepare_auto
+from funclsq.methods.cgls import prepare as prepare_cgls
+from funclsq.methods.cholesky import prepare as prepare_cholesky
+from funclsq.methods.gradient_descent import prepare as prepare_gradient_descent
+from funclsq.methods.lsmr import prepare as prepare_lsmr
+from funclsq.methods.lsqr import prepare as prepare_lsqr
+from funclsq.methods.qr import prepare as prepare_qr
+from funclsq.methods.svd import prepare as prepare_svd
 from funclsq.operators import Operator
-from funclsq.solvers import foreign
-from funclsq.solvers._protocol import Options, Prepared
-from funclsq.solvers.auto import prepare as prepare_auto
-from funclsq.solvers.cgls import prepare as prepare_cgls
-from funclsq.solvers.cholesky import prepare as prepare_cholesky
-from funclsq.solvers.gradient_descent import prepare as prepare_gradient_descent
-from funclsq.solvers.lsmr import prepare as prepare_lsmr
-from funclsq.solvers.lsqr import prepare as prepare_lsqr
-from funclsq.solvers.qr import prepare as prepare_qr
-from funclsq.solvers.svd import prepare as prepare_svd
 
 __all__ = ["NAMES", "prepare"]
 

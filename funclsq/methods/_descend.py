@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funclsq.solvers._protocol import Options
+from funclsq.methods._protocol import Options
 
 __all__ = ["Quadratic", "Rule", "State", "descend", "spectral_bound"]
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from funclsq.errors import RankWarning
+from funclsq.methods._protocol import Options, Raw
 from funclsq.operators import Operator, StackedOp
 from funclsq.solution import Method, Status
-from funclsq.solvers._protocol import Options, Raw
 
 __all__ = ["PreparedSVD", "default_rcond", "prepare"]
 

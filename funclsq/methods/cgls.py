@@ -1,6 +1,6 @@
 """CGLS: conjugate gradients on the normal equations, in the stable form, for all columns at once.
 
-The iteration is :class:`funclsq.solvers._extended_cg.ExtendedCg`, which also takes the part g of
+The iteration is :class:`funclsq.methods._extended_cg.ExtendedCg`, which also takes the part g of
 the right-hand side that derivatives bring.
 """
 
@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from funclsq.methods._extended_cg import ExtendedCg
+from funclsq.methods._krylov import PreparedKrylov
+from funclsq.methods._protocol import Options
 from funclsq.solution import Method
-from funclsq.solvers._extended_cg import ExtendedCg
-from funclsq.solvers._krylov import PreparedKrylov
-from funclsq.solvers._protocol import Options
 
 __all__ = ["prepare"]
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from funclsq.backends import NotPositive, backend, dense
+from funclsq.methods._gram import Gram, estimate, gram_of, square
 from funclsq.operators import DenseOp, Operator, SparseOp, StackedOp
-from funclsq.solvers._gram import Gram, estimate, gram_of, square
 
 __all__ = ["Normal", "flipped", "widened"]
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funclsq.methods._golub_kahan import GolubKahan, Inverse
+from funclsq.methods._krylov import PreparedKrylov
+from funclsq.methods._protocol import Options
+from funclsq.methods._scalars import Scalars, keep_columns
 from funclsq.solution import Method
-from funclsq.solvers._golub_kahan import GolubKahan, Inverse
-from funclsq.solvers._krylov import PreparedKrylov
-from funclsq.solvers._protocol import Options
-from funclsq.solvers._scalars import Scalars, keep_columns
 
 __all__ = ["Lsqr", "prepare"]
 

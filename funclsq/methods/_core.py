@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from funclsq.backends import NotPositive
+from funclsq.methods._normal import Normal
+from funclsq.methods._nullspace import Small, largest, small_directions, smallest
+from funclsq.methods._refine import refine, refine_image
 from funclsq.operators import Operator
 from funclsq.solution import Status
-from funclsq.solvers._normal import Normal
-from funclsq.solvers._nullspace import Small, largest, small_directions, smallest
-from funclsq.solvers._refine import refine, refine_image
 
 __all__ = ["Core", "NeedsDense"]
 

@@ -18,14 +18,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from funclsq.methods._core import Core, NeedsDense
+from funclsq.methods._dual import Dual, worthwhile
+from funclsq.methods._gram import predict
+from funclsq.methods._normal import flipped, widened
+from funclsq.methods._protocol import Options, Raw
+from funclsq.methods.svd import tell_false_claim
 from funclsq.operators import Operator, StackedOp
 from funclsq.solution import Method
-from funclsq.solvers._core import Core, NeedsDense
-from funclsq.solvers._dual import Dual, worthwhile
-from funclsq.solvers._gram import predict
-from funclsq.solvers._normal import flipped, widened
-from funclsq.solvers._protocol import Options, Raw
-from funclsq.solvers.svd import tell_false_claim
 
 __all__ = ["NeedsDense", "predict", "prepare"]
 

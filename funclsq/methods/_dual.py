@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from funclsq.methods._core import Core
+from funclsq.methods._gram import estimate
+from funclsq.methods._normal import flipped
 from funclsq.operators import Operator, SparseOp, StackedOp
-from funclsq.solvers._core import Core
-from funclsq.solvers._gram import estimate
-from funclsq.solvers._normal import flipped
 
 __all__ = ["Dual", "worthwhile"]
 

@@ -1,6 +1,6 @@
 """Gradient descent made ready for one operator, with its stopping test.
 
-The iteration is :func:`funclsq.solvers._descend.descend`. It starts at 0, which with the shift
+The iteration is :func:`funclsq.methods._descend.descend`. It starts at 0, which with the shift
 x = x0 + S(b - A x0) that is made outside means at the user's x0.
 """
 
@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from funclsq.methods._descend import Quadratic, Rule, State, descend, spectral_bound
+from funclsq.methods._progress import reporter
+from funclsq.methods._protocol import Options, Raw
+from funclsq.methods._verify import norms
+from funclsq.methods.lsmr import prepare as prepare_lsmr
+from funclsq.methods.svd import pad_rows
 from funclsq.operators import DenseOp, SparseOp, StackedOp
 from funclsq.solution import Method, Status
-from funclsq.solvers._descend import Quadratic, Rule, State, descend, spectral_bound
-from funclsq.solvers._progress import reporter
-from funclsq.solvers._protocol import Options, Raw
-from funclsq.solvers._verify import norms
-from funclsq.solvers.lsmr import prepare as prepare_lsmr
-from funclsq.solvers.svd import pad_rows
 
 __all__ = ["MAXITER", "PreparedDescent", "prepare"]
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funclsq.solvers._golub_kahan import Inverse
-from funclsq.solvers._scalars import Scalars, keep_columns
+from funclsq.methods._golub_kahan import Inverse
+from funclsq.methods._scalars import Scalars, keep_columns
 
 __all__ = ["ExtendedCg"]
 

@@ -19,10 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from funclsq.operators import Operator
-from funclsq.solution import Method
-from funclsq.solvers._protocol import Options, Raw
-from funclsq.solvers.svd import (
+from funclsq.methods._protocol import Options, Raw
+from funclsq.methods.svd import (
     PreparedSVD,
     count_rank,
     default_rcond,
@@ -32,6 +30,8 @@ from funclsq.solvers.svd import (
     pad_rows,
     tell_false_claim,
 )
+from funclsq.operators import Operator
+from funclsq.solution import Method
 
 __all__ = ["PreparedQR", "prepare"]
 

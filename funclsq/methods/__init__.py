@@ -1,0 +1,1 @@
+"""Forward numerics, one method per file: no autograd, several right-hand sides first."""
