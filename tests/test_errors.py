@@ -471,7 +471,7 @@ def test_the_finiteness_check_can_be_switched_off():
 
 
 def test_a_pattern_that_was_freed_is_told():
-    with pytest.raises(RuntimeError, match="no longer exists.*Keep the SparsityPattern"):
+    with pytest.raises(RuntimeError, match=r"no longer exists.*Keep the SparsityPattern"):
         raw.plan_of_handle(-1)
 
 

@@ -196,6 +196,17 @@ def test_a_null_space_cotangent():
     assert failing(report) == {"vjp A"}
 
 
+def test_gradients_on_fixed_rank_where_second_differences_are_dear(monkeypatch):
+    monkeypatch.setattr("funclsq.validate.oracle_differences._SECOND", 0)
+    report = validate.cross_check(
+        **CASES["deficient"],
+        oracles=["differences"],
+        candidates={"torch": validate.torch_candidate()},
+    )
+    assert report, str(report)
+    assert {"hvp A", "hvp A (r/r)", "hvp A (r/f)"} <= {row.quantity for row in report.rows}
+
+
 @pytest.mark.parametrize("name", ["ash219", "abb313", "Maragal_1"])
 def test_real_problems(data, name):
     folder = data / "sparse_lsq"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,10 @@ class Search:
     log_weights: LogWeights
     surface: Tensor
     errors: tuple[float, ...]
+
+
+class _Enough(Exception):
+    """Ends a descent after its last step."""
 
 
 def log_error(surface: Tensor, samples: Samples) -> Tensor:
@@ -111,6 +116,8 @@ def descend(
     errors: list[float] = []
 
     def objective() -> Tensor:
+        if len(errors) == steps:  # a line search alone would go on beyond max_eval
+            raise _Enough
         optimiser.zero_grad()
         surface = terrain.surface(log_weights, groups, **settings)
         error = log_error(surface, validation)
@@ -124,5 +131,6 @@ def descend(
         tick(f"step {len(errors)}: {errors[-1]:.2f} m")
         return loss
 
-    optimiser.step(objective)
+    with contextlib.suppress(_Enough):
+        optimiser.step(objective)
     return Search(best[1], best[2].detach(), tuple(errors))

@@ -204,14 +204,25 @@ def _ask(
                 found = dict((autodiff if name == "autodiff" else by_mpmath)(problem, d))
                 found["jvp of jvp"] = np.array(_second(found, d))
             truths[name] = {key: Estimate(a) for key, a in found.items()}
-            if not problem.full_column_rank:
-                # Reverse mode last gives a gradient on the matrices of this rank: a functional on
-                # directions that keep it, of which the formula gives another representative.
-                along = np.stack([each.tangents["A"] for each in (d, *probes)])
-                whole = truths[name]["hvp A"]
-                products = Estimate(Estimate(whole.value, 0.0, along).of(whole.value), 0.0, along)
-                truths[name] |= {f"hvp A ({mode})": products for mode in ("r/r", "r/f")}
+    if not problem.full_column_rank:
+        along = np.stack([each.tangents["A"] for each in (d, *probes)])
+        for truth in truths.values():
+            truth |= _keeping_rank(truth, along)
     return truths, tuple(notes)
+
+
+def _keeping_rank(truth: dict[str, Estimate], along: np.ndarray) -> dict[str, Estimate]:
+    """Return the products of ``hvp A`` with directions that keep the rank of A.
+
+    Where reverse mode comes last the answer is a gradient on the matrices of this rank: a
+    functional on such directions, of which the oracle's answer is another representative.
+    """
+    whole = truth.get("hvp A")
+    if whole is None or whole.along is not None:
+        return {}
+    error = whole.error * float(np.linalg.norm(along))
+    products = Estimate(Estimate(whole.value, 0.0, along).of(whole.value), error, along)
+    return {f"hvp A ({mode})": products for mode in ("r/r", "r/f")}
 
 
 def _second(found: Arrays, d: Directions) -> float:
