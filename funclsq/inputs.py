@@ -237,7 +237,7 @@ def canonical(
         d2 = d2 if d2 is None or d2.ndim == 1 else d2.unsqueeze(-2)
         lead_a = (*lead_a, 1) if lead_a else lead_a
     params = tuple(
-        _flat(p.reshape(*p.shape[p.ndim - d :]) if not lead_a else p, full, d)
+        _flat(p.reshape(p.shape[p.ndim - d :]) if not lead_a else p, full, d)
         for p, d in zip(params, structure.param_ndims)
     )
     rank = dict(options.given).get("rank", "auto")

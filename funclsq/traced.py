@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.autograd.forward_ad as fwAD
+
 from funclsq.methods._protocol import Options
 from funclsq.operators import DenseStructure, SparseStructure
 from funclsq.pattern import SparsityPattern, pattern_of_handle
@@ -59,6 +62,14 @@ def traced_plan(
 
 
 def _plan_handle(pattern, m, n, solver, given, full_rank, damped, on_failure, check) -> int:
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    forward = any(level.key() == torch._C._functorch.TransformType.Jvp for level in levels)
+    if forward or fwAD._current_level >= 0:
+        raise RuntimeError(
+            "lstsq: torch.compile drops forward-mode rules without a word, so jvp, jacfwd and "
+            "hessian of lstsq cannot be compiled. Compile what is inside the transform instead, "
+            "or leave the transform uncompiled with torch.compiler.disable."
+        )
     structure: Any = DenseStructure(m, n)
     if pattern:
         structure = SparseStructure(pattern_of_handle(pattern))

@@ -109,4 +109,3 @@ def plant(monkeypatch, module: str, source: str) -> None:
             setattr(rules, name, getattr(mutant, name))
     monkeypatch.setattr(lstsq, "matrix", mutant)
     monkeypatch.setattr(lstsq, "derivatives", rules)
-

@@ -79,15 +79,13 @@ def judge():
         for slot in range(len(args)):
             along = [torch.zeros_like(a) for a in args]
             along[slot] = _randn(g, *args[slot].shape, dtype=args[slot].dtype)
-            ahead, behind = (
-                [a + sign * STEP * t for a, t in zip(args, along)] for sign in (1, -1)
-            )
+            ahead, behind = ([a + sign * STEP * t for a, t in zip(args, along)] for sign in (1, -1))
             slope = (f(*ahead) - f(*behind)) / (2 * STEP)
             x_dot = jvp(f, tuple(args), tuple(along))[1]
             _close(_inner([k], [x_dot]), _inner([k], [slope]))
             _close(x_dot.abs().sum(), slope.abs().sum())
 
-            def pulled(*a):
+            def pulled(*a, f=f, k=k):
                 return vjp(f, *a)[1](k)
 
             bars = pulled(*args)
@@ -101,7 +99,7 @@ def judge():
             turned = vjp(pulled, *args)[1](tuple(probe))
             _close(_inner(turned, along), want)
 
-            def pushed(*a):
+            def pushed(*a, f=f, along=along):
                 return jvp(f, a, tuple(along))[1]
 
             bend = (pushed(*ahead) - pushed(*behind)) / (2 * STEP)

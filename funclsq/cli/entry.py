@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "demo",
         help="rebuild a real mountain range from 5%% of its heights",
-        description="Rebuild real terrain from 5%% of its heights, noisy ones, as one sparse "
+        description="Rebuild real terrain from 5% of its heights, noisy ones, as one sparse "
         "least-squares problem, and learn its weights by gradient descent through the solve; "
         "compare torch, JAX and oracles on the way. Prints a table and writes a picture.",
         epilog=_ENDINGS,

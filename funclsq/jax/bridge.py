@@ -135,7 +135,7 @@ def _announce() -> None:
 
 
 @atexit.register
-def _settle(limit: float = 60.0, window: float = 0.02) -> None:
+def _settle(limit: float = 60.0, window: float = 0.25) -> None:
     """Wait at exit for work that nobody awaited.
 
     A host call that runs or begins while the interpreter shuts down aborts the process. Every

@@ -107,7 +107,7 @@ def lstsq(
     >>> jax.jit(flj.lstsq)(A, b).round(4)
     Array([1., 2.], dtype=float32)
     >>> jax.grad(lambda b: flj.lstsq(A, b).sum())(b).round(4)
-    Array([ 0.3333,  0.3333,  0.3333], dtype=float32)
+    Array([0.3333, 0.3333, 0.3333], dtype=float32)
     """
     opts = settings("lstsq", solver, rank=rank, rcond=rcond, **options).options()
     call, arrays = canonical(

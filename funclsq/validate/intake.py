@@ -78,7 +78,9 @@ def _entries(A: Any) -> tuple[Any, Any, np.ndarray, Any, bool]:
     if scipy.sparse.issparse(A):
         coo = A.tocoo()
         return coo.row, coo.col, coo.data, A.shape, False
-    if hasattr(A, "indices") and hasattr(A, "data"):  # jax.experimental.sparse.BCOO
+    if (
+        hasattr(A, "indices") and hasattr(A, "data") and not isinstance(A, Tensor)
+    ):  # jax.experimental.sparse.BCOO
         _require_matrix(A.shape)
         row, col = np.asarray(A.indices).T
         return row, col, np.asarray(A.data), tuple(A.shape), False
