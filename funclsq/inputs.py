@@ -8,7 +8,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.sparse
+import scipy  # its subpackages load on first use
 import torch
 from torch import Tensor
 
@@ -92,7 +92,7 @@ def matrix(A: Any, name: str) -> tuple[Any, tuple[Tensor, ...], tuple[int, ...],
             )
         pattern, values = pattern_and_values(A)
         return SparseStructure(pattern), (values,), (), layout
-    if scipy.sparse.issparse(A):
+    if not isinstance(A, (Tensor, np.ndarray)) and scipy.sparse.issparse(A):
         A = Sparse.from_scipy(A)
         return SparseStructure(A.pattern), (A.values,), (), "csr"
     if isinstance(A, np.ndarray):

@@ -14,7 +14,7 @@ import weakref
 from typing import Any
 
 import numpy as np
-import scipy.sparse
+import scipy  # its subpackages load on first use
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack

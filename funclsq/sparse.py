@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import numpy as np
-import scipy.sparse
+import scipy  # its subpackages load on first use
 import torch
 from torch import Tensor
 

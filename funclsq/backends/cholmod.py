@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 import numpy as np
-import scipy.sparse
+import scipy  # its subpackages load on first use
 from sksparse import cholmod
 
 from funclsq.backends.registry import NotPositive

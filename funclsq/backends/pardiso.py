@@ -10,7 +10,7 @@ import threading
 import weakref
 
 import numpy as np
-import scipy.sparse
+import scipy  # its subpackages load on first use
 from pypardiso import PyPardisoSolver
 
 from funclsq.backends.registry import NotPositive

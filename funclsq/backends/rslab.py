@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import rslab
-import scipy.sparse
+import scipy  # its subpackages load on first use
 import torch
 
 from funclsq.backends.registry import NotPositive

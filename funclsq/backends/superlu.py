@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 
 import numpy as np
-import scipy.sparse
-from scipy.sparse.linalg import splu
+import scipy  # its subpackages load on first use
 
 from funclsq.backends.registry import NotPositive
 
@@ -72,7 +71,7 @@ def _splu(data, indices, indptr, order):
     matrix = scipy.sparse.csc_array((data, indices, indptr), shape=(n, n))
     matrix.has_sorted_indices = True
     try:
-        return splu(
+        return scipy.sparse.linalg.splu(
             matrix, permc_spec=order, diag_pivot_thresh=0.0, options={"SymmetricMode": True}
         )
     except RuntimeError as error:  # "Factor is exactly singular"

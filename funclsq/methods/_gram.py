@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import scipy.sparse
+import scipy  # its subpackages load on first use
 
 from funclsq.pattern import SparsityPattern
 
