@@ -221,6 +221,8 @@ def canonical(
     w, w_lead, per_column = _weights(weights, b, m, k, vector, name)
     d2, d_lead, damped = _damp(damp, b, n, name)
     start = _start(x0, b, n, k, vector, name)
+    if start is not None and check_finite:
+        _require_finite(start, "x0", name)
     leads = {
         "A": lead_a,
         "b": tuple(block.shape[:-2]),
@@ -353,6 +355,17 @@ def _require_real_like(t: Tensor, b: Tensor, what: str, name: str) -> None:
             f"{name}: {what} must be on the device of b, {b.device}; got {t.device}. Move one with "
             f".to({str(b.device)!r})."
         )
+
+
+def _require_finite(t: Tensor, what: str, name: str) -> None:
+    """Look at the data under every transform; tracing cannot be looked through."""
+    if torch.compiler.is_compiling() or torch.fx.experimental.proxy_tensor.get_proxy_mode():
+        return
+    t = t.detach()
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    if not bool(torch.isfinite(t).all()):
+        raise ValueError(f"{name}: {what} must be finite; got NaN or Inf entries. Repair {what}.")
 
 
 def _require_not_negative(t: Tensor, what: str, name: str) -> None:

@@ -14,7 +14,15 @@ import funclsq as fl
 REAL, COMPLEX = torch.float64, torch.complex128
 STEP, TOLERANCE = 1e-4, 2e-4
 # Mistakes that cannot be seen, and why.
-EQUIVALENT: dict[str, str] = {}
+EQUIVALENT = {
+    ": 5 + len(params)": "a count of None, not algebra",
+    ": -1": "the last dimension is also dimension 1 where nothing is batched",
+    ": ax_dot + matmul(structure, params, null_term)": "A (I - P) is zero",
+    ": v - rmatmul(plan.structure, params, _rows(w, az))": "the second projection does it all",
+    "weights dropped: _rows(w, az)": "the second projection does it all",
+    ": out - d2.unsqueeze(-1) * z": "the second projection does it all",
+    ": out - solve(plan, w, d2, image": "the first projection does it to eps cond^2",
+}
 
 
 def _randn(g, *shape, dtype=REAL):
@@ -125,5 +133,5 @@ def test_every_mutant_is_killed(capsys):
         survivors.append(description)
     with capsys.disabled():
         print(f"\nmutants of the derivative rules: {total - len(survivors)} of {total} killed")
-    unexplained = [s for s in survivors if not any(s.startswith(e) for e in EQUIVALENT)]
+    unexplained = [s for s in survivors if not any(e in s for e in EQUIVALENT)]
     assert not unexplained, "\n".join(unexplained)

@@ -232,7 +232,7 @@ def test_bad_input_is_refused():
     def check(case):
         given = [case.A, case.b, case.weights, case.x0]
         spots = [i for i, t in enumerate(given) if t is not None and t.numel()]
-        if case.layout == "repeated" or not spots:
+        if case.layout == "repeated" or not spots or 0 in (*case.A.shape, *case.b.shape):
             return
         rng = np.random.default_rng(case.seed)
         at = int(rng.choice(spots))
@@ -242,8 +242,6 @@ def test_bad_input_is_refused():
         A, b, w, x0 = given
         row, col = np.nonzero((A != 0).reshape(-1, *A.shape[-2:]).any(0).numpy())
         spoilt = dataclasses.replace(case, A=A, b=b, weights=w, x0=x0, row=row, col=col)
-        if 0 in (*case.A.shape[:-2], *case.b.shape):
-            return
         with pytest.raises(ValueError, match="must be finite"):
             fuzz.solve(spoilt)
 
