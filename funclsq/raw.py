@@ -161,7 +161,10 @@ def _prepare(plan: Plan, params: tuple[Tensor, ...], w: Tensor | None, d2: Tenso
     shift = _shift(plan, weighted, damp)
     if shift is not None:
         alpha = power(shift, _real_dtype(op.dtype)).unsqueeze(-1)
-        weighted = op.scaled(row=alpha.expand(*alpha.shape[:-1], op.shape[0]))
+        rows = alpha.expand(*alpha.shape[:-1], op.shape[0])
+        if root is not None:  # a row of weight 0 may overflow
+            rows = torch.where(root > 0, rows, 0)
+        weighted = op.scaled(row=rows)
         weighted = weighted if root is None else weighted.scaled(row=root)
         damp = None if damp is None else damp * alpha
     full = plan.full_rank or (d2 is not None and bool((d2 > 0).all()))

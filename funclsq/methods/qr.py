@@ -29,6 +29,7 @@ from funclsq.methods.svd import (
     of_matrix,
     pad_rows,
     tell_false_claim,
+    thin_svd,
 )
 from funclsq.operators import Operator
 from funclsq.solution import Method
@@ -87,7 +88,7 @@ def prepare(
     wide = m < n
     rcond = default_rcond(m, n, B.dtype) if options.rcond is None else options.rcond
     Q, R = torch.linalg.qr(B.mH if wide else B)
-    if not bool(torch.isfinite(R).all()):  # LAPACK fails on columns at the end of the range
+    if not bool(torch.isfinite(R).all()):  # LAPACK fails on numbers at the end of the range
         Q, R = torch.linalg.qr(_without_negligible(B.mH if wide else B, rcond))
     norms = torch.linalg.vector_norm(R, dim=-2, keepdim=True)
     floor = 0 if options.scale is True else rcond * norms.amax(-1, keepdim=True)
@@ -102,15 +103,18 @@ def prepare(
     if asked >= q and bool((rank == q).all()):
         return PreparedQR(Q, R, wide, m, cond)
     tell_false_claim(rank, q, options)
-    U, s, Vh = torch.linalg.svd(R)
+    U, s, Vh = thin_svd(R)
     if wide:  # B = R^H Q^H = V S (Q U)^H
         return PreparedSVD(Vh.mH, s, Q @ U, rank, int(Method.qr))
     return PreparedSVD(Q @ U, s, Vh.mH, rank, int(Method.qr))
 
 
 def _without_negligible(B: Tensor, rcond: float) -> Tensor:
+    """B without columns that count as zero, and entries far below the rounding of their column."""
     norms = torch.linalg.vector_norm(B, dim=-2, keepdim=True)
-    return torch.where(norms > rcond * norms.amax(-1, keepdim=True), B, 0)
+    tiny = torch.finfo(B.dtype).eps ** 3
+    counts = (norms > rcond * norms.amax(-1, keepdim=True)) & (B.abs() > tiny * norms)
+    return torch.where(counts | ~torch.isfinite(norms), B, 0)
 
 
 def _svdvals(R: Tensor) -> Tensor:

@@ -113,9 +113,44 @@ def of_matrix(A: Tensor, options: Options, method: int) -> PreparedSVD:
         U, V = A.new_zeros((*lead, m, 0)), A.new_zeros((*lead, n, 0))
         s = A.new_zeros((*lead, 0)).abs()
     else:
-        U, s, Vh = torch.linalg.svd(A, full_matrices=False)
+        U, s, Vh = thin_svd(A)
         V = Vh.mH
     return PreparedSVD(U, s, V, count_rank(s, m, n, A.dtype, options), method)
+
+
+def thin_svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, s, V^H of each matrix; NaN for one that is not finite, where LAPACK would give up."""
+    finite = torch.isfinite(A).all(-1).all(-1)
+    whole = bool(finite.all())
+    B = A if whole else torch.where(finite[..., None, None], A, 0)
+    try:
+        found = torch.linalg.svd(B, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        if A.device.type != "cpu":
+            raise
+        found = _patient_svd(B)
+    if whole:
+        return found
+    U, s, Vh = (torch.where(_over(finite, t), t, torch.nan) for t in found)
+    return U, s, Vh
+
+
+def _over(flag: Tensor, t: Tensor) -> Tensor:
+    return flag.reshape(*flag.shape, *(1 for _ in range(t.ndim - flag.ndim)))
+
+
+def _patient_svd(A: Tensor) -> Any:
+    """Where divide and conquer (gesdd) fails, QR iteration (gesvd) on what rounding leaves."""
+    import scipy.linalg  # here, because it takes a while and is almost never needed
+
+    top = A.abs().amax((-2, -1), keepdim=True)
+    A = torch.where(A.abs() > torch.finfo(A.dtype).eps ** 3 * top, A, 0)
+    found = [
+        scipy.linalg.svd(one.numpy(), full_matrices=False, lapack_driver="gesvd")
+        for one in A.reshape(-1, *A.shape[-2:])
+    ]
+    stacked = [torch.stack([torch.from_numpy(t) for t in part]) for part in zip(*found)]
+    return [t.reshape(*A.shape[:-2], *t.shape[1:]) for t in stacked]
 
 
 def count_rank(s: Tensor, m: int, n: int, dtype: torch.dtype, options: Options) -> Tensor:
