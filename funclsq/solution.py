@@ -20,15 +20,14 @@ class Status(enum.IntEnum):
     CONDITION_LIMIT = 3
     RESIDUAL_AT_EPS = 4
     NORMAL_RESIDUAL_AT_EPS = 5
-    CONDITION_AT_EPS = 6
-    MAXITER = 7
-    DIRECT = 8
-    STAGNATED = 9
-    INACCURATE = 10
-    NONFINITE = 11
-    DIVERGED = 12
-    INTERRUPTED = 13
-    SKIPPED = 14
+    MAXITER = 6
+    DIRECT = 7
+    STAGNATED = 8
+    INACCURATE = 9
+    NONFINITE = 10
+    DIVERGED = 11
+    INTERRUPTED = 12
+    SKIPPED = 13
 
     @property
     def converged(self) -> bool:
@@ -62,9 +61,6 @@ _ADVICE = {
     ),
     Status.RESIDUAL_AT_EPS: "A x = b holds to the rounding of this dtype",
     Status.NORMAL_RESIDUAL_AT_EPS: "x solves the least-squares problem to rounding",
-    Status.CONDITION_AT_EPS: (
-        "cond(A) is as large as this dtype can tell: add damp, use float64 or a direct solver"
-    ),
     Status.MAXITER: (
         "the iteration limit was reached: raise maxiter, loosen atol and btol, add damp, or use "
         "solver='cholesky'"
@@ -80,7 +76,10 @@ _ADVICE = {
     ),
     Status.NONFINITE: "overflow or an invalid operation made the result non-finite: rescale A or b",
     Status.DIVERGED: "the iteration grew without bound: use a smaller step",
-    Status.INTERRUPTED: "the solve was interrupted",
+    Status.INTERRUPTED: (
+        "the callback ended the solve by StopIteration; x is what had been reached: let it run on "
+        "if that is not enough"
+    ),
     Status.SKIPPED: "no solve was needed",
 }
 
@@ -170,11 +169,12 @@ def describe(status, iterations, residual_norm, normal_residual_norm) -> str:
         text = f"all {len(codes)} solves converged; member 0: {text}"
     elif len(codes) > 1:
         text = f"{len(failed)} of {len(codes)} solves failed; member {worst}: {text}"
-    return (
-        f"{text} (iterations {int(iterations.reshape(-1)[worst])}, "
-        f"||r|| = {float(residual_norm.reshape(-1)[worst]):.3e}, "
-        f"||A^H r|| = {float(normal_residual_norm.reshape(-1)[worst]):.3e})"
-    )
+    text = f"{text} (iterations {int(iterations.reshape(-1)[worst])}"
+    for name, norms in (("||r||", residual_norm), ("||A^H r||", normal_residual_norm)):
+        norm = float(norms.reshape(-1)[worst])
+        if norm == norm:  # a derivative's solve takes no norms
+            text += f", {name} = {norm:.3e}"
+    return text + ")"
 
 
 LEAVES = tuple(f.name for f in dataclasses.fields(Solution) if f.name != "reason")

@@ -38,7 +38,16 @@ def _skipped():
     return info[:, 0].to(torch.int64)
 
 
-RESERVED = {S.CONDITION_AT_EPS, S.INTERRUPTED}  # no solver gives them
+def _stop_at(count):
+    """A callback that ends the solve at this iteration."""
+
+    def callback(state):
+        if state["iteration"] >= count:
+            raise StopIteration
+
+    return callback
+
+
 REACHED = {
     S.START_SOLVES: lambda: fl.solve(_tall()[0], 0 * _tall()[1], solver="lsmr"),
     S.RESIDUAL_SMALL: lambda: fl.solve(*_tall(True), solver="lsmr", atol=1e-6, btol=1e-6),
@@ -46,6 +55,9 @@ REACHED = {
     S.CONDITION_LIMIT: lambda: fl.solve(*_tall(), solver="lsmr", conlim=1.5, on_failure="ignore"),
     S.RESIDUAL_AT_EPS: lambda: fl.solve(*_tall(True), solver="lsmr"),
     S.NORMAL_RESIDUAL_AT_EPS: lambda: fl.solve(*_tall(), solver="lsmr"),
+    S.INTERRUPTED: lambda: fl.solve(
+        *_tall(), solver="lsmr", callback=_stop_at(1), on_failure="ignore"
+    ),
     S.MAXITER: lambda: fl.solve(*_tall(), solver="lsmr", maxiter=1, on_failure="ignore"),
     S.DIRECT: lambda: fl.solve(*_tall(), solver="qr"),
     S.STAGNATED: lambda: fl.solve(
@@ -73,7 +85,7 @@ def test_every_status_is_reached(status):
 
 
 def test_every_status_has_advice_and_a_recipe_here():
-    assert set(REACHED) | RESERVED == set(S)
+    assert set(REACHED) == set(S)
     for status in S:
         assert len(status.advice) > 10
 
@@ -118,6 +130,47 @@ def test_a_failed_derivative_solve_raises_where_failure_raises():
     x = fl.lstsq(A, b, x0=x0, solver="lsmr", maxiter=1, on_failure="raise", rank="full")
     with pytest.raises(fl.ConvergenceError, match="MAXITER"):
         x.square().sum().backward()
+
+
+def test_a_failed_derivative_solve_warns():
+    A, b = _tall()
+    x0 = fl.lstsq(A, b)
+    A = A.requires_grad_()
+    x = fl.lstsq(A, b, x0=x0, solver="lsmr", maxiter=1, rank="full")
+    with pytest.warns(fl.ConvergenceWarning, match="MAXITER.*iterations 1"):
+        x.square().sum().backward()
+    A = torch.tensor([[1e-200]], dtype=F64, requires_grad=True)  # its inverse squared overflows
+    x = fl.lstsq(A, torch.tensor([1e-200], dtype=F64), solver="qr")
+    with pytest.warns(fl.ConvergenceWarning, match="NONFINITE"):
+        (1e100 * x).square().sum().backward()
+
+
+@pytest.mark.parametrize("solver", ["lsmr", "lsqr", "cgls", "gradient_descent"])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_a_callback_ends_a_solve_by_stop_iteration(solver, columns):
+    A, b = _ill_conditioned(1e4)
+    b = b[:, None] * torch.arange(1.0, columns + 1, dtype=F64)
+    seen = []
+
+    def callback(state):
+        seen.append(state["iteration"])
+        if len(seen) == 4:
+            raise StopIteration
+
+    with pytest.warns(fl.ConvergenceWarning, match="INTERRUPTED: the callback ended the solve"):
+        sol = fl.solve(A, b, solver=solver, rank="full", callback=callback)
+    assert len(seen) == 4
+    assert sol.status.tolist() == columns * [S.INTERRUPTED]
+    assert sol.iterations.tolist() == columns * [seen[-1]]
+    same = fl.solve(A, b, solver=solver, rank="full", maxiter=seen[-1], on_failure="ignore")
+    assert torch.equal(sol.x, same.x)
+
+
+def test_a_column_that_has_converged_is_not_interrupted():
+    A, b = _ill_conditioned(1e4)
+    both = torch.stack((0 * b, b), 1)
+    sol = fl.solve(A, both, solver="lsmr", callback=_stop_at(2), on_failure="ignore")
+    assert sol.status.tolist() == [S.START_SOLVES, S.INTERRUPTED]
 
 
 def test_a_slow_problem_does_not_fail_in_silence():

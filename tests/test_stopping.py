@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import scipy.sparse
@@ -9,7 +12,6 @@ import torch
 from realdata import data_path
 
 import funclsq as fl
-from funclsq import raw
 
 KRYLOV = ("lsmr", "lsqr", "cgls")
 Status = fl.Status
@@ -158,14 +160,71 @@ def test_an_interrupt_leaves_no_state(solver):
             raise KeyboardInterrupt
 
     before = fl.lstsq(A, b, solver=solver)
-    kept = len(raw._prepared)
     with pytest.raises(KeyboardInterrupt):
         fl.lstsq(A.clone(), b, solver=solver, callback=interrupt)
     assert len(calls) == 3
-    assert len(raw._prepared) <= kept + 1  # what was prepared is whole: the solve was cut, not it
     assert torch.equal(fl.lstsq(A, b, solver=solver), before)
     again = fl.lstsq(A, b, solver=solver, callback=lambda state: None)
     assert torch.equal(again, before)
+
+
+# The process sends itself SIGINT, as Ctrl-C does, in the middle of a solve that would take days.
+SIGINT = """
+import os, signal, sys, threading, time, warnings
+import numpy as np, torch
+import funclsq as fl
+
+what, torch_only = sys.argv[1], sys.argv[1] != "jax"
+if not torch_only:
+    import jax
+    jax.config.update("jax_enable_x64", True)
+    import funclsq.jax as flj
+rng = np.random.default_rng(0)
+U, V = (np.linalg.qr(rng.standard_normal((200, 200)))[0] for _ in range(2))
+A, b = (U * np.geomspace(1, 1e-9, 200)) @ V.T, rng.standard_normal(200)
+small, c = A[:30, :8].copy(), b[:30].copy()
+armed = []
+
+def press(state):
+    if state["iteration"] == 100 and not armed:
+        armed.append(threading.Thread(target=lambda: os.kill(os.getpid(), signal.SIGINT)))
+        armed[0].start()
+
+def solve(A, b, **how):
+    if not torch_only:
+        return np.asarray(jax.jit(lambda A, b: flj.lstsq(A, b, **how))(A, b))
+    leaf = torch.from_numpy(A).requires_grad_()
+    x = fl.lstsq(leaf, torch.from_numpy(b), **how)
+    if what == "gradient":
+        x.sum().backward()
+    return x.detach().numpy()
+
+forever = dict(solver=fl.solvers.gradient_descent if what == "descent" else "lsmr",
+               rank="full", maxiter=10**9)
+if what != "descent":
+    forever["scale"] = False
+before = solve(small, c, solver="lsmr")
+try:
+    solve(A, b, callback=press, **forever)
+except KeyboardInterrupt:
+    print("interrupted")
+except Exception as error:
+    print("interrupted" if "KeyboardInterrupt" in str(error) else repr(error))
+else:
+    print("finished")
+armed[0].join()
+print("same" if np.array_equal(solve(small, c, solver="lsmr"), before) else "another answer")
+"""
+
+
+@pytest.mark.parametrize("what", ["torch", "gradient", "descent", "jax"])
+def test_ctrl_c_stops_a_long_solve_and_the_next_one_is_right(what):
+    if what == "jax":
+        pytest.importorskip("jax")
+    script = [sys.executable, "-c", SIGINT, what]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == ["interrupted", "same"], done.stdout + done.stderr
+    assert done.returncode == 0
 
 
 def test_a_callback_sees_the_residuals_fall():

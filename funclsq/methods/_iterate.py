@@ -72,7 +72,7 @@ class Run:
     acond: np.ndarray
 
 
-Report = Callable[[int, np.ndarray, np.ndarray, np.ndarray], None]
+Report = Callable[[int, np.ndarray, np.ndarray, np.ndarray], bool]
 
 
 def iterate(
@@ -99,7 +99,7 @@ def iterate(
     maxiter : int
         Largest number of steps.
     report : callable, optional
-        Called at every check with (iteration, active, ||r||, ||A^H r||).
+        Called at every check with (iteration, active, ||r||, ||A^H r||); True ends the run.
     **extra
         Further arguments of ``method``: a preconditioner ``inverse``, a ``g``.
 
@@ -124,7 +124,7 @@ def _iterate_one(
     outer, best, since = float(targets.rnorm[0]), float("inf"), 0
     consistent = targets.consistent
     goal = targets.reduction * state.arnorm
-    count, status = 0, Status.START_SOLVES
+    count, status, stop = 0, Status.START_SOLVES, False
     if not state.arnorm <= atol * state.anorm * max(state.rnorm, outer):
         status = Status.MAXITER
         for count in range(1, maxiter + 1):
@@ -133,7 +133,7 @@ def _iterate_one(
             if consistent and count % _XNORM_EVERY == 0:
                 xnorm = max(xnorm, scalars.norm(state.x))
             if report is not None:
-                report(count, np.array([True]), np.array([rnorm]), np.array([arnorm]))
+                stop = report(count, np.array([True]), np.array([rnorm]), np.array([arnorm]))
             image = anorm * xnorm  # about ||A x||, or more where A x cancels
             if consistent and rnorm <= floor + (atol * image if image <= limit else 0.0):
                 status = _name(Status.RESIDUAL_SMALL, targets)
@@ -143,6 +143,8 @@ def _iterate_one(
                 status = Status.CONDITION_LIMIT
             elif not rnorm + arnorm < float("inf"):
                 status = Status.NONFINITE
+            elif stop:
+                status = Status.INTERRUPTED
             elif targets.bounded and image > limit:
                 status = Status.STAGNATED
             elif arnorm < best:
@@ -213,7 +215,8 @@ def _iterate_block(
             _check(state, host, targets, out, columns, xnorm, goal, stalled, count)
             if report is not None:
                 active = out.status[..., columns] == _RUNNING
-                report(count, active, host(state.rnorm), host(state.arnorm))
+                if report(count, active, host(state.rnorm), host(state.arnorm)):
+                    out.status[out.status == _RUNNING] = int(Status.INTERRUPTED)
             scalars.freeze(out.status[..., columns] == _RUNNING)
     out.status[out.status == _RUNNING] = int(Status.MAXITER)
     out.x[..., columns] = state.x

@@ -10,7 +10,7 @@ from funclsq.methods._protocol import Options
 
 __all__ = ["reporter"]
 
-Call = Callable[[dict[str, Any]], None]
+Call = Callable[[dict[str, Any]], bool]
 
 
 @contextlib.contextmanager
@@ -21,26 +21,33 @@ def reporter(options: Options) -> Iterator[Call | None]:
     ----------
     options : Options
         ``callback`` is called with a dict: ``iteration``, and per column of the (scaled) problem
-        ``active``, ``residual_norm`` and ``normal_residual_norm``, as NumPy arrays.
+        ``active``, ``residual_norm`` and ``normal_residual_norm``, as NumPy arrays. It ends the
+        solve by raising StopIteration.
         ``progress`` shows a bar if tqdm is installed.
 
     Yields
     ------
     callable or None
-        Takes the state.
+        Takes the state; True means that the solve shall end.
     """
     bar = _bar() if options.progress else None
-    if bar is None:
-        yield options.callback
+    if bar is None and options.callback is None:
+        yield None
         return
 
-    def call(state: dict[str, Any]) -> None:
-        bar.update(state["iteration"] - bar.n)
-        bar.set_postfix(normal_residual=f"{state['normal_residual_norm'].max():.1e}", refresh=False)
+    def call(state: dict[str, Any]) -> bool:
+        if bar is not None:
+            bar.update(state["iteration"] - bar.n)
+            size = f"{state['normal_residual_norm'].max():.1e}"
+            bar.set_postfix(normal_residual=size, refresh=False)
         if options.callback is not None:
-            options.callback(state)
+            try:
+                options.callback(state)
+            except StopIteration:
+                return True
+        return False
 
-    with bar:
+    with bar if bar is not None else contextlib.nullcontext():
         yield call
 
 

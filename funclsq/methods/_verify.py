@@ -48,7 +48,7 @@ class Settings:
     definite : bool
         Whether A is known to have no null space.
     report : callable or None
-        Called with a dict of the state at every check.
+        Called with a dict of the state at every check; True ends the run.
     inverse : callable or None
         Applies a preconditioner N^-1. Its rounding is that of cond(N), so that the solution is
         reached by short runs for corrections rather than by one to the end.
@@ -60,7 +60,7 @@ class Settings:
     maxiter: int
     eps: float
     definite: bool
-    report: Callable[[dict[str, Any]], None] | None = None
+    report: Callable[[dict[str, Any]], bool] | None = None
     inverse: Inverse | None = None
 
 
@@ -222,8 +222,8 @@ def _reporter(settings: Settings, base: int) -> Report | None:
     if call is None:
         return None
 
-    def report(count: int, active: np.ndarray, rnorm: np.ndarray, arnorm: np.ndarray) -> None:
-        call(
+    def report(count: int, active: np.ndarray, rnorm: np.ndarray, arnorm: np.ndarray) -> bool:
+        return call(
             {
                 "iteration": base + count,
                 "active": active,

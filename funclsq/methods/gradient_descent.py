@@ -110,8 +110,9 @@ class PreparedDescent:
         with reporter(options) as report:
             for k, state in enumerate(descend(q, x, rule, 2 * bound)):
                 finished = stop.look(k, state, last=k == limit)
-                if report is not None:
-                    report(_told(k, stop, state))
+                if report is not None and report(_told(k, stop, state)):
+                    stop.interrupt(k, state)
+                    break
                 if finished:
                     break
         return Raw(stop.x, stop.status, stop.iterations)
@@ -189,6 +190,12 @@ class _Stop:
             self.code[new], self.count[new] = verdict[new], k
             self.x = torch.where(torch.from_numpy(new).to(x.device).unsqueeze(-2), x, self.x)
         return bool((self.code >= 0).all())
+
+    def interrupt(self, k: int, state: State) -> None:
+        """Take every column that still runs as it is."""
+        new = self.code < 0
+        self.code[new], self.count[new] = Status.INTERRUPTED, k
+        self.x = torch.where(torch.from_numpy(new).to(self.x.device).unsqueeze(-2), state.x, self.x)
 
 
 def _told(k: int, stop: _Stop, state: State) -> dict[str, Any]:
