@@ -1,111 +1,202 @@
-"""Mutants of the derivative rules: one small algebraic mistake each, loaded beside the original.
+"""Mutants of the algebra: one small mistake each, and whether the tests of its area notice.
 
-Operators: a sign flipped, a term of a sum dropped, a term scaled by 1.01, a conjugation dropped,
-the operands of a product swapped, an adjoint taken for the matrix.
+    python -m tests.mutants                          every mutant of every area (hours)
+    python -m tests.mutants solvers --sample 50      50 of one area, drawn by --seed
+
+Each mutant runs in a forked process, in which importing its module gives the changed source, and
+the tests of the area (under a minute of them) run until one fails. A mutant that no test notices
+survives: it is killed by a new test, or listed in EQUIVALENT with the reason why nothing can see
+it. Ends with status 1 if an unexplained one survived.
 """
 
 from __future__ import annotations
 
-import ast
-import copy
+import argparse
+import dataclasses
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import random
+import resource
+import signal
 import sys
-import types
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import funclsq
-from funclsq import matrix
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+from mutation_operators import Mutant, mutants
 
-lstsq = sys.modules["funclsq.lstsq"]  # the module; the package attribute is the function
-SOURCES = {name: Path(funclsq.__file__).parent / f"{name}.py" for name in ("derivatives", "matrix")}
-RULES = {
-    "derivatives": ("_pull", "_push", "_null", "_null_of_g", "_rows"),
-    "matrix": ("backward", "jvp", "_sampled", "outer"),
+PACKAGE = HERE.parent / "funclsq"
+MEMORY = 12 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Area:
+    """Files (with the functions that matter, if not all), and the tests that judge them."""
+
+    files: dict[str, tuple[str, ...]]
+    tests: tuple[str, ...]
+
+
+AREAS = {
+    "derivatives": Area(
+        {
+            "derivatives": ("_pull", "_push", "_null", "_null_of_g", "_rows"),
+            "matrix": ("backward", "jvp", "_sampled", "outer"),
+        },
+        ("test_mutants.py",),
+    ),
+    "krylov": Area(
+        {
+            "methods.lsmr": (),
+            "methods.lsqr": (),
+            "methods._golub_kahan": (),
+            "methods._extended_cg": (),
+        },
+        ("test_krylov.py", "test_stopping.py"),
+    ),
+    "direct": Area(
+        {
+            "methods.qr": (),
+            "methods.svd": (),
+            "methods._core": (),
+            "methods._normal": (),
+            "methods._refine": (),
+            "methods._nullspace": (),
+        },
+        ("test_cholesky.py", "test_rank.py", "test_accuracy.py"),
+    ),
+    "structure": Area(
+        {"pattern": (), "products": (), "operators": (), "sparse": ()},
+        ("test_structure.py",),
+    ),
+    "bridge": Area(
+        {"jax.primitive": (), "jax.products": (), "jax.convert": ()},
+        ("test_jax_sparse.py", "test_jax_transforms.py", "test_jax_convert.py"),
+    ),
+}
+
+# Mistakes that cannot be seen, and why: a part of the description, the reason.
+EQUIVALENT: dict[str, str] = {
+    ": 5 + len(params)": "a count of None, not algebra",
+    ": (None,) * count": "a count of None, not algebra",
+    ": ax_dot + matmul(structure, params, null_term)": "A (I - P) is zero",
+    ": v - rmatmul(plan.structure, params, _rows(w, az))": "the second projection does it all",
+    "weights dropped: _rows(w, az)": "the second projection does it all",
+    ": out - d2.unsqueeze(-1) * z": "the second projection does it all",
+    ": out - solve(plan, w, d2, image": "the first projection does it to eps cond^2",
 }
 
 
-def _scaled(node: ast.expr) -> ast.expr:
-    return ast.BinOp(ast.Constant(1.01), ast.Mult(), node)
+class _Changed(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
+    """Imports one module of funclsq from a text."""
+
+    def __init__(self, name: str, source: str) -> None:
+        self.name, self.source = f"funclsq.{name}", source
+
+    def find_spec(self, name, path=None, target=None):
+        if name == self.name:
+            return importlib.util.spec_from_loader(name, self, origin=self.get_filename(name))
+        return None
+
+    def get_filename(self, name):
+        return str(PACKAGE.joinpath(*name.split(".")[1:]).with_suffix(".py"))
+
+    def get_data(self, path):
+        return self.source.encode()
+
+    def get_source(self, name):
+        return self.source
 
 
-def _variants(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """What a node may be mistaken for."""
-    match node:
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            yield "sign dropped", operand
-            yield "scaled", ast.UnaryOp(ast.USub(), _scaled(operand))
-        case ast.BinOp(left=left, op=ast.Add(), right=right):
-            yield "sign flipped", ast.BinOp(left, ast.Sub(), right)
-            yield "term dropped", left
-            yield "other term dropped", right
-            yield "scaled", ast.BinOp(left, ast.Add(), _scaled(right))
-        case ast.BinOp(left=left, op=ast.Sub(), right=right):
-            yield "sign flipped", ast.BinOp(left, ast.Add(), right)
-            yield "term dropped", left
-            yield "scaled", ast.BinOp(left, ast.Sub(), _scaled(right))
-        case ast.Call(func=ast.Attribute(value=value, attr="conj"), args=[]):
-            yield "conjugation dropped", value
-        case ast.Call(func=ast.Name(id="matmul"), args=args):
-            yield "adjoint for matrix", ast.Call(ast.Name("rmatmul", ast.Load()), args, [])
-        case ast.Call(func=ast.Name(id="_rows"), args=[_, t]):
-            yield "weights dropped", t
-        case ast.Call(func=ast.Name(id=name), args=args) if name in ("outer", "_sddmm", "_sampled"):
-            yield "operands swapped", ast.Call(node.func, [*args[:-2], args[-1], args[-2]], [])
-        case ast.Call(func=ast.Name(id="_spmm"), args=[values, v, pattern, flag]):
-            flipped = ast.UnaryOp(ast.Not(), flag)
-            yield "adjoint for matrix", ast.Call(node.func, [values, v, pattern, flipped], [])
+def drawn(area: Area) -> Iterator[tuple[str, Mutant]]:
+    """Every (module, mutant) of an area."""
+    for name, functions in area.files.items():
+        text = PACKAGE.joinpath(*name.split(".")).with_suffix(".py").read_text(encoding="utf-8")
+        for mutant in mutants(text, name, functions):
+            yield name, mutant
 
 
-def mutants() -> Iterator[tuple[str, str, str]]:
-    """Every mutant as (module, description, source)."""
-    for module, path in SOURCES.items():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        functions = [
-            node
-            for node in ast.walk(tree)
-            if isinstance(node, ast.FunctionDef) and node.name in RULES[module]
-        ]
-        for function in functions:
-            for number, node in enumerate(ast.walk(function)):
-                for what, _ in _variants(node):
-                    clone = copy.deepcopy(tree)
-                    twin = next(
-                        f
-                        for f in ast.walk(clone)
-                        if isinstance(f, ast.FunctionDef) and f.lineno == function.lineno
-                    )
-                    target = list(ast.walk(twin))[number]
-                    new = next(v for w, v in _variants(target) if w == what)
-                    clone = _Replace(target, new).visit(clone)
-                    text = ast.unparse(ast.fix_missing_locations(clone))
-                    place = f"{module}.{function.name}:{node.lineno}"
-                    yield module, f"{place} {what}: {ast.unparse(node)[:50]}", text
+def survives(area: Area, module: str | None, source: str, limit: float) -> bool:
+    """Whether the tests of an area pass, in a process of their own, with this source."""
+    child = os.fork()
+    if child == 0:
+        _judge(area, module, source, limit)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-class _Replace(ast.NodeTransformer):
-    def __init__(self, old: ast.AST, new: ast.AST) -> None:
-        self.old, self.new = old, new
+def _judge(area: Area, module: str | None, source: str, limit: float) -> None:
+    import pytest
 
-    def visit(self, node: ast.AST) -> ast.AST:
-        return self.new if node is self.old else super().generic_visit(node)
+    try:
+        signal.alarm(max(1, int(limit)))  # kills the process: a mutant that hangs is noticed
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        if module is not None:
+            sys.meta_path.insert(0, _Changed(module, source))
+        where = [str(HERE / test) for test in area.tests]
+        plain = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
+        code = int(pytest.main([*where, *plain, "--rootdir", str(HERE.parent)]))
+    except BaseException:
+        code = 1
+    os._exit(code)
 
 
-def _load(name: str, source: str) -> types.ModuleType:
-    module = types.ModuleType(f"funclsq._mutant_{name}")
-    module.__dict__["__package__"] = "funclsq"
-    exec(compile(source, f"<mutant of {name}>", "exec"), module.__dict__)
-    return module
+def run(name: str, sample: int | None, seed: int) -> list[str]:
+    """Run an area, print its score, and return what survived without a reason."""
+    area = AREAS[name]
+    chosen = list(drawn(area))
+    whole = len(chosen)
+    if sample is not None and sample < whole:
+        chosen = random.Random(seed).sample(chosen, sample)
+    start = time.monotonic()
+    if not survives(area, None, "", 600):
+        raise SystemExit(f"{name}: the tests fail on the source as it is")
+    limit = 30 + 4 * (time.monotonic() - start)
+    killed, known, unexplained = 0, 0, []
+    for module, mutant in chosen:
+        if not survives(area, module, mutant.source(), limit):
+            killed += 1
+        elif any(part in mutant.place for part in EQUIVALENT):
+            known += 1
+        else:
+            unexplained.append(mutant.place)
+            print(f"  survived: {mutant.place}", flush=True)
+    print(
+        f"{name}: {killed} of {len(chosen) - known} killed ({known} cannot be seen; "
+        f"{whole} in all), {time.monotonic() - start:.0f} s",
+        flush=True,
+    )
+    return unexplained
 
 
-def plant(monkeypatch, module: str, source: str) -> None:
-    """Let funclsq.lstsq run on a mutant of one of its two modules of rules."""
-    if module == "derivatives":
-        monkeypatch.setattr(lstsq, "derivatives", _load(module, source))
-        return
-    mutant = _load(module, source)
-    rules = _load("derivatives", SOURCES["derivatives"].read_text(encoding="utf-8"))
-    for name in matrix.__all__:
-        if hasattr(rules, name):
-            setattr(rules, name, getattr(mutant, name))
-    monkeypatch.setattr(lstsq, "matrix", mutant)
-    monkeypatch.setattr(lstsq, "derivatives", rules)
+def main(arguments: list[str] | None = None) -> int:
+    """Run areas of mutants; 1 if one survived without a reason."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("areas", nargs="*", metavar="AREA", help=f"of {', '.join(AREAS)}")
+    parser.add_argument("--sample", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    unknown = set(options.areas) - set(AREAS)
+    if unknown:
+        parser.error(f"no such area: {', '.join(sorted(unknown))}")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # What a forked process need not import again; not funclsq, of which it imports a mutant.
+    import mpmath  # noqa: F401
+    import pytest  # noqa: F401
+    import torch
+    import torch._dynamo
+
+    torch.set_num_threads(1)
+    assert "funclsq" not in sys.modules
+    names = options.areas or list(AREAS)
+    return 1 if sum(len(run(name, options.sample, options.seed)) for name in names) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
