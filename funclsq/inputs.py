@@ -248,9 +248,8 @@ def canonical(
         plan: Any = traced_plan(structure, options, full_rank, damped, on_failure, check_finite)
     else:
         extra = (("layout", layout), ("vector", vector)) if callable(options.solver) else ()
-        plan = Plan.of(
-            structure, options.options(extra), full_rank, damped, on_failure, check_finite
-        )
+        fixed = (structure, options.options(extra), full_rank, damped, on_failure, check_finite)
+        plan = Plan.of(*fixed, name != "lstsq")  # lstsq has nobody to show residual norms to
     return Problem(
         plan,
         params,

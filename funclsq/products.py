@@ -41,8 +41,8 @@ def csr_mm(matrix: Tensor, X: Tensor, out: Tensor | None = None) -> Tensor:
         return X.new_zeros((m, k)) if out is None else out.zero_()
     if k == 1:  # a true matrix-vector product is up to 1.9 times faster than addmm
         if out is None:
-            return torch.mv(matrix, X[:, 0]).unsqueeze(1)
-        torch.mv(matrix, X[:, 0], out=out[:, 0])
+            return torch.mv(matrix, X.squeeze(1)).unsqueeze(1)
+        torch.mv(matrix, X.squeeze(1), out=out.squeeze(1))
         return out
     width = max(COLUMN_BLOCK, SMALL_WORK // matrix._nnz())
     if k <= width or matrix.is_cuda:

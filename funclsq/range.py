@@ -13,7 +13,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["exponent", "extreme", "moderate", "power", "representable", "safe_norm", "shifted"]
+from funclsq.extent import extent, largest
+
+__all__ = [
+    "column_range",
+    "exponent",
+    "extreme",
+    "moderate",
+    "power",
+    "representable",
+    "safe_norm",
+    "shifted",
+    "within",
+]
 
 
 def exponent(t: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -41,13 +53,25 @@ def extreme(e: Tensor, dtype: torch.dtype) -> bool:
     return bool((e.abs() > _limits(dtype)[0]).any())
 
 
+def column_range(v: Tensor) -> tuple[float, float]:
+    """Smallest and largest of the columns' largest |entries|, v (..., m, k); NaN if any is NaN."""
+    if v.numel() == 0:
+        return 1.0, 1.0
+    if v.shape[-2] == v.numel():
+        top = largest(v)
+        return top, top
+    return extent(torch.linalg.vector_norm(v, torch.inf, dim=-2))
+
+
+def within(sizes: tuple[float, float], dtype: torch.dtype) -> bool:
+    """Whether sizes, from lowest to highest, are far from where squares leave the range."""
+    bound = 2.0 ** _limits(dtype)[0]
+    return sizes[0] > 1 / bound and sizes[1] < bound
+
+
 def moderate(v: Tensor) -> bool:
     """Whether no column of v, (..., m, k), is extreme (False where one is zero)."""
-    if v.numel() == 0:
-        return True
-    low, high = v.abs().amax(-2).aminmax()
-    bound = 2.0 ** _limits(low.dtype)[0]
-    return bool((low > 1 / bound) & (high < bound))
+    return within(column_range(v), v.dtype)
 
 
 def shifted(t: Tensor, e: Tensor) -> Tensor:

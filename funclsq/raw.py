@@ -12,36 +12,41 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
+import math
 import threading
-import warnings
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funclsq.errors import ConvergenceError, ConvergenceWarning
+from funclsq import kept
+from funclsq.extent import copied, extent, finite, largest
+from funclsq.info import INFO, report, residual_norms, table
+from funclsq.kept import Entry, Key
 from funclsq.methods import registry
-from funclsq.methods._protocol import Options, Prepared
+from funclsq.methods._protocol import Options
 from funclsq.operators import Operator
-from funclsq.range import exponent, extreme, moderate, power, representable, safe_norm, shifted
-from funclsq.solution import Status, describe
+from funclsq.range import column_range, exponent, extreme, power, representable, shifted, within
+from funclsq.solution import Status
 
-__all__ = ["Plan", "clear_cache", "raw_solve", "solver_calls"]
+__all__ = ["INFO", "NotFiniteError", "Plan", "clear_cache", "raw_solve", "solver_calls"]
 
-INFO = 8  # status, iterations, residual, normal residual, rank, cond, deficient, method
 _PLANS = 32
-_CACHE_ENTRIES = 16
-_CACHE_BYTES = 2 << 30
 
 _lock = threading.RLock()
 _counter = itertools.count(1)
 _plans: collections.OrderedDict[Any, Plan] = collections.OrderedDict()
 _by_handle: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
-_prepared: collections.OrderedDict[int, _Entry] = collections.OrderedDict()
-_pinned: weakref.WeakSet[_Entry] = weakref.WeakSet()
 _made = 0
+
+clear_cache = kept.clear
+
+
+class NotFiniteError(ValueError):
+    """NaN or Inf where there may be none, or a negative weight."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,6 +67,8 @@ class Plan:
         What an unconverged solve does.
     check_finite : bool
         Whether NaN and Inf in the input are errors.
+    residuals : bool
+        Whether anybody reads the residual norms; if not, they are computed for a failure only.
     """
 
     structure: Any
@@ -70,12 +77,18 @@ class Plan:
     damped: bool = False
     on_failure: str = "warn"
     check_finite: bool = True
+    residuals: bool = True
     handle: int = dataclasses.field(default_factory=lambda: next(_counter), compare=False)
 
     @property
     def nonsingular(self) -> bool:
         """Whether G is known to be invertible before anything is computed."""
         return self.full_rank or self.damped
+
+    @functools.cached_property
+    def key(self) -> Key:
+        """What a prepared method depends on besides values."""
+        return Key(self.structure, self.options, self.full_rank)
 
     def __reduce__(self) -> tuple[Any, ...]:
         fields = [f.name for f in dataclasses.fields(self) if f.name != "handle"]
@@ -108,57 +121,39 @@ def plan_of_handle(handle: int) -> Plan:
     return plan
 
 
-@dataclasses.dataclass(eq=False)
-class _Entry:
-    key: Any
-    data: tuple[Tensor | None, ...]
-    op: Operator
-    prepared: Prepared
-    lock: threading.RLock
-    shift: Tensor | None = None  # the method was prepared for 2^shift [W^(1/2) A; D]
-
-    @property
-    def nbytes(self) -> int:
-        own = sum(t.numel() * t.element_size() for t in self.data if t is not None)
-        return own + int(self.prepared.nbytes)
-
-
-def clear_cache() -> None:
-    """Forget every kept factorisation."""
-    with _lock:
-        _prepared.clear()
-
-
 def solver_calls() -> int:
     """Number of times that a solver has been run in this process (gated calls not counted)."""
     return _made
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-
-
-def _prepare(plan: Plan, params: tuple[Tensor, ...], w: Tensor | None, d2: Tensor | None) -> _Entry:
-    """Find or make the method prepared for these values."""
-    key = (plan.structure, plan.options, plan.full_rank)
+def _prepare(
+    plan: Plan, params: tuple[Tensor, ...], w: Tensor | None, d2: Tensor | None, check: bool
+) -> Entry:
+    """Find or make the method prepared for these values; what is found has been checked."""
     data = (*params, w, d2)
-    with _lock:
-        candidates = [(i, e) for i, e in reversed(_prepared.items()) if e.key == key]
-        candidates += [(-1, e) for e in _pinned if e.key == key]
-    for index, entry in candidates:
-        if len(entry.data) == len(data) and all(map(_same, entry.data, data)):
-            with _lock:
-                if index in _prepared:
-                    _prepared.move_to_end(index)
-            return entry
-    kept = tuple(None if t is None else t.detach().clone() for t in data)
-    op = plan.structure.bind(kept[: len(params)])
+    found_by = kept.fingerprint(plan.key, data)
+    entry = kept.lookup(plan.key, data, found_by)
+    if entry is not None and (entry.checked or not check):
+        return entry
+    top = (
+        largest(params[0])
+        if len(params) == 1 and params[0].ndim == plan.structure.param_ndims[0]
+        else None
+    )
+    if check:
+        if top is None or not math.isfinite(top):
+            _check_finite("A", *params)
+        _check_finite("weights", w)
+        _check_finite("damp", d2)
+    if entry is not None:
+        entry.checked = True
+        return entry
+    copies = tuple(None if t is None else copied(t) for t in data)
+    op = plan.structure.bind(copies[: len(params)])
     root = None if w is None else w.sqrt()
     damp = None if d2 is None else d2.sqrt()
     weighted = op if root is None else op.scaled(row=root)
-    shift = _shift(plan, weighted, damp)
+    shift = _shift(plan, weighted, damp, top if w is None else None)
     if shift is not None:
         alpha = power(shift, _real_dtype(op.dtype)).unsqueeze(-1)
         rows = alpha.expand(*alpha.shape[:-1], op.shape[0])
@@ -169,45 +164,43 @@ def _prepare(plan: Plan, params: tuple[Tensor, ...], w: Tensor | None, d2: Tenso
         damp = None if damp is None else damp * alpha
     full = plan.full_rank or (d2 is not None and bool((d2 > 0).all()))
     prepared = registry.prepare(weighted, damp, plan.options, full)
-    entry = _Entry(key, kept, op, prepared, threading.RLock(), shift)
-    with _lock:
-        _prepared[next(_counter)] = entry
-        total = sum(e.nbytes for e in _prepared.values())
-        while len(_prepared) > 1 and (len(_prepared) > _CACHE_ENTRIES or total > _CACHE_BYTES):
-            _, old = _prepared.popitem(last=False)
-            total -= old.nbytes
+    entry = Entry(plan.key, copies, op, prepared, shift, checked=check)
+    kept.keep(entry, found_by)
     return entry
 
 
-def _shift(plan: Plan, op: Operator, damp: Tensor | None) -> Tensor | None:
+def _shift(plan: Plan, op: Operator, damp: Tensor | None, top: float | None) -> Tensor | None:
     """Exponent, () or (B,), that brings [W^(1/2) A; D] to about one; None if it is moderate."""
     entries = getattr(op, "csr_values", getattr(op, "A", None))
     if entries is None or entries.numel() == 0 or plan.options.step is not None:
         return None
     core = 1 if hasattr(op, "csr_values") else 2
+    real = _real_dtype(op.dtype)
+    if top is None:
+        sizes = column_range(entries.reshape(*entries.shape[: entries.ndim - core], -1, 1))
+    else:
+        sizes = (top, top)
+    if within(sizes, real) and (damp is None or within((1.0, largest(damp)), real)):
+        return None
     e = exponent(entries, tuple(range(-core, 0)))
     if damp is not None and damp.numel():
         own = exponent(damp, (-1,))
         own = own.amax() if own.ndim > e.ndim else own
         e = torch.where(own == 0, e, torch.where(e == 0, own, torch.maximum(e, own)))
-    real = _real_dtype(op.dtype)
     return representable(-e, real) if extreme(e, real) else None
 
 
-def pin(plan: Plan, params: tuple[Tensor, ...], w: Tensor | None, d2: Tensor | None) -> _Entry:
+def pin(plan: Plan, params: tuple[Tensor, ...], w: Tensor | None, d2: Tensor | None) -> Entry:
     """Prepare now, and keep what was prepared as long as the returned object lives."""
     with torch.no_grad():
         base: Any = [_innermost(t) for t in params]
         w, d2 = _innermost(w), _innermost(d2)
-        if plan.check_finite:
-            _check_finite(plan, base, w, d2, None, None)
-        entry = _prepare(plan, tuple(base), w, d2)
-    with _lock:
-        _pinned.add(entry)
+        entry = _prepare(plan, tuple(base), w, d2, plan.check_finite)
+    kept.pin(entry)
     return entry
 
 
-def deficiency(entry: _Entry) -> bool:
+def deficiency(entry: Entry) -> bool:
     """Whether any matrix of a prepared entry may lack full column rank."""
     value = entry.prepared.deficient
     return bool(value.any()) if isinstance(value, Tensor) else bool(value)
@@ -235,18 +228,21 @@ def raw_solve(
     gate: Tensor | None = None,
     norms: bool = True,
     need_x: bool = True,
+    check: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x = G^+ (A^H W c + g), ax = A x and the info table; shapes as in ``derivatives``.
 
-    ``norms`` marks the solve that a user asked for: input is checked, residual norms are
-    computed, and failure is reported; derivative solves skip what they do not need. With
+    ``norms`` marks the solve that a user asked for: input is checked (``check`` overrides that)
+    and residual norms are computed; derivative solves skip what they do not need. With
     ``need_x`` false and c absent only ax is wanted, and x may be left zero.
     """
+    if check is None:
+        check = norms and plan.check_finite
     with torch.no_grad():
-        return _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x)
+        return _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x, check)
 
 
-def _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x):
+def _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x, check):
     global _made
     m, n = plan.structure.shape
     some = c if c is not None else g
@@ -259,37 +255,48 @@ def _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x):
     lead = () if batch is None else (batch,)
     if gate is not None and not bool(gate.any()):
         return _skipped(some, lead, m, n, k, real)
-    if norms and plan.check_finite:
-        _check_finite(plan, params, w, d2, c, g)
     if k == 0 or batch == 0:
+        if check:
+            for name, tensors in (("A", params), ("weights", (w,)), ("damp", (d2,))):
+                _check_finite(name, *tensors)
         info = some.new_zeros((*lead, k, INFO), dtype=real)
         return some.new_zeros((*lead, n, k)), some.new_zeros((*lead, m, k)), info
+    c_range, g_range = (None if t is None else column_range(t) for t in (c, g))
+    if check:
+        for name, t, size in (("b - A x0", c, c_range), ("g", g, g_range)):
+            if size is not None and not math.isfinite(size[1] + size[0]):
+                _check_finite(name, t)
     if folded:
         c, g = (_fold(t, batch) for t in (c, g))
     elif batch is not None:
         c, g = (t if t is None else t.expand(batch, *t.shape[-2:]) for t in (c, g))
-    entry = _prepare(plan, params, w, d2)
+    entry = _prepare(plan, params, w, d2, check)
     if gate is not None and not deficiency(entry):
         return _skipped(some, lead, m, n, k, real)
     _made += 1
-    weighted = c if c is None or w is None else c * w.sqrt().unsqueeze(-1)
+    weighted = c
+    if c is not None and w is not None:
+        weighted = c * w.sqrt().unsqueeze(-1)
+        c_range = column_range(weighted)
+    ranges = [size for size in (c_range, g_range) if size is not None]
+    as_is = entry.shift is None and all(within(size, real) for size in ranges)
     adjoint = getattr(entry.prepared, "adjoint", None)
     if not need_x and c is None and w is None and adjoint is not None:
-        _, g, e, _ = _in_range(entry.shift, None, g)
+        _, g, e, _ = (None, g, None, None) if as_is else _in_range(entry.shift, None, g)
         result = adjoint(g)  # one Krylov run gives A G^+ g, a second one would give G^+ g
         ax = result.x if e is None else shifted(result.x, e)
         x = some.new_zeros((*ax.shape[:-2], n, ax.shape[-1]))
-        result = result._replace(x=x)
     else:
-        c_in, g_in, _, back = _in_range(entry.shift, weighted, g)
+        c_in, g_in, back = weighted, g, None
+        if not as_is:
+            c_in, g_in, _, back = _in_range(entry.shift, weighted, g)
         result = entry.prepared.solve(c_in, g_in)
-        if back is not None:
-            result = result._replace(x=shifted(result.x, back))
-        x = result.x
+        x = result.x if back is None else shifted(result.x, back)
         ax = entry.op.mv(x)
-    info = _info(entry, result, w, d2, c, g, ax, norms, real)
-    if norms or plan.on_failure == "raise":
-        _report(plan, info)
+    found = functools.partial(residual_norms, entry.op, w, d2, c, g, x, ax)
+    known = found() if norms and plan.residuals else None
+    info = table(x, result.status, result.iterations, known, entry.prepared, True)
+    report(plan.on_failure, info, found if norms else lambda: None)
     if folded:
         x, ax = (t.unflatten(1, (*lead, -1)).movedim(1, 0) for t in (x, ax))
         info = info.unflatten(0, (*lead, -1))
@@ -299,8 +306,6 @@ def _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x):
 def _in_range(shift: Tensor | None, c: Tensor | None, g: Tensor | None) -> tuple[Any, ...]:
     """gamma c and alpha gamma g, and the exponents of 1 / gamma and of alpha / gamma."""
     some: Any = c if c is not None else g
-    if shift is None and all(t is None or moderate(t) for t in (c, g)):
-        return c, g, None, None
     a = torch.zeros((), dtype=torch.int32, device=some.device) if shift is None else shift
     a = a[..., None, None]
     sizes = []
@@ -332,77 +337,17 @@ def _real_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.empty(0, dtype=dtype).real.dtype if dtype.is_complex else dtype
 
 
-def _info(entry, result, w, d2, c, g, ax, norms, real):
-    x = result.x
-    info = x.new_empty((*x.shape[:-2], x.shape[-1], INFO), dtype=real)
-    info[..., 0] = result.status.to(real)
-    info[..., 1] = result.iterations.to(real)
-    if norms:
-        r = -ax if c is None else c - ax
-        weighted = r if w is None else r * w.unsqueeze(-1)
-        info[..., 2] = safe_norm(r if w is None else r * w.sqrt().unsqueeze(-1))
-        normal = entry.op.rmv(weighted)
-        if g is not None:
-            normal = normal + g
-        if d2 is not None:
-            normal = normal - d2.unsqueeze(-1) * x
-        info[..., 3] = safe_norm(normal)
-    else:
-        info[..., 2:4] = torch.nan
-    prepared = entry.prepared
-    for slot, value, absent in (
-        (4, prepared.rank, -1.0),
-        (5, prepared.cond, torch.nan),
-        (6, assumed_deficient(prepared), 1.0),
-        (7, prepared.method, 0.0),
-    ):
-        if value is None:
-            info[..., slot] = absent
-        else:
-            value = torch.as_tensor(value, device=info.device).to(real)
-            info[..., slot] = value.unsqueeze(-1) if value.ndim else value
-    if not norms:
-        return info
-    bad = ~(torch.isfinite(x).all(-2) & torch.isfinite(info[..., 2]))
-    info[..., 0] = torch.where(bad, float(Status.NONFINITE), info[..., 0])
-    return info
-
-
-def assumed_deficient(prepared: Any) -> Any:
-    """What to say of the rank without working for it: a Krylov method may not know yet."""
-    assumed = getattr(prepared, "assumed_deficient", None)
-    return prepared.deficient if assumed is None else assumed
-
-
-def _check_finite(plan, params, w, d2, c, g) -> None:
-    names = ("A", "weights", "damp", "b - A x0", "g")
-    for name, tensors in zip(names, (params, (w,), (d2,), (c,), (g,))):
-        for t in tensors:
-            if t is not None and not bool(torch.isfinite(t).all()):
-                shown = "b" if name == "b - A x0" else name
-                count = int((~torch.isfinite(t)).sum())
-                raise ValueError(
-                    f"lstsq: {shown} must be finite; got {count} NaN or Inf "
-                    f"{'entry' if count == 1 else 'entries'}"
-                    f"{' in b - A x0 (b alone without x0)' if shown == 'b' else ''}. "
-                    "Drop or repair them, or give a row "
-                    "weight 0 and a finite value (check_finite=False skips this check)."
-                )
-    if w is not None and bool((w < 0).any()):
-        raise ValueError("lstsq: weights must not be negative; pass weights >= 0.")
-
-
-def _report(plan: Plan, info: Tensor) -> None:
-    if plan.on_failure == "ignore":
-        return
-    codes = info[..., 0].reshape(-1)
-    good = torch.zeros_like(codes, dtype=torch.bool)
-    for status in Status:
-        if status.converged:
-            good |= codes == int(status)
-    if bool(good.all()):
-        return
-    text = describe(info[..., 0], info[..., 1], info[..., 2], info[..., 3])
-    if plan.on_failure == "raise":
-        raise ConvergenceError(text)
-    warnings.warn(text, ConvergenceWarning, stacklevel=2)
+def _check_finite(name: str, *tensors: Tensor | None) -> None:
+    for t in tensors:
+        if t is not None and not finite(t):
+            shown = "b" if name == "b - A x0" else name
+            count = int((~torch.isfinite(t)).sum())
+            raise NotFiniteError(
+                f"lstsq: {shown} must be finite; got {count} NaN or Inf "
+                f"{'entry' if count == 1 else 'entries'}"
+                f"{' in b - A x0 (b alone without x0)' if shown == 'b' else ''}. "
+                "Drop or repair them, or give a row "
+                "weight 0 and a finite value (check_finite=False skips this check)."
+            )
+        if name == "weights" and t is not None and extent(t)[0] < 0:
+            raise NotFiniteError("lstsq: weights must not be negative; pass weights >= 0.")

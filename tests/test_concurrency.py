@@ -17,7 +17,7 @@ import torch
 import torch.utils.data
 
 import funclsq as fl
-from funclsq import raw
+from funclsq import kept, raw
 
 THREADS = 16
 
@@ -193,15 +193,15 @@ def test_data_loader_workers(context):
 
 
 def test_caches_are_bounded():
-    kept = []
+    patterns = []
     for i in range(60):
         S, values, b = problem(20, 8, seed=i)
-        kept.append(S)
+        patterns.append(S)
         fl.lstsq(fl.Sparse(S, values), b)
         fl.lstsq(fl.Sparse(S, values.expand(i % 9 + 1, -1)), b)
-    assert len(raw._prepared) <= 16
+    assert len(kept._recent) <= 16
     assert len(raw._plans) <= 32
-    S = kept[-1]
+    S = patterns[-1]
     for i in range(1, 20):
         values = torch.ones(i, S.nnz, dtype=torch.float64)
         fl.lstsq(fl.Sparse(S, values), torch.ones(20, dtype=torch.float64), solver="cholesky")

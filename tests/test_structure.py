@@ -13,7 +13,7 @@ import torch
 from cases import DTYPES, LAYOUTS, problem
 
 import funclsq as fl
-from funclsq import raw
+from funclsq import kept, raw
 from funclsq.matrix import matmul, outer, rmatmul
 from funclsq.operators import DenseStructure, SparseStructure
 
@@ -386,6 +386,6 @@ def test_what_is_kept_is_bounded_and_can_be_forgotten():
     b = torch.ones(3, dtype=F64)
     for i in range(40):
         fl.lstsq((1.0 + i) * torch.eye(3, dtype=F64), b)
-    assert len(raw._prepared) <= 16
+    assert len(kept._recent) <= 16
     raw.clear_cache()
-    assert not raw._prepared
+    assert not kept._recent

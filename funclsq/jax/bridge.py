@@ -14,11 +14,7 @@ Rules that every host function keeps:
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import functools
-import threading
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,6 +26,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from funclsq.errors import FunclsqWarning
+from funclsq.jax.settle import begin, end, lowered
 
 try:
     from jax.experimental.buffer_callback import buffer_callback
@@ -42,9 +39,6 @@ Host = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
 
 SMALL = 1 << 20  # operands below this many bytes in all run on one torch thread
 
-_lock = threading.Lock()
-_begun = 0  # host calls made or lowered
-_running = 0  # host calls that have not returned
 _announced = False
 
 
@@ -74,8 +68,7 @@ def host_call(
     tuple of array
         The outputs.
     """
-    global _begun
-    _begun += 1
+    lowered()
     results = tuple(results)
     if how == "buffer_callback":
         call = buffer_callback(functools.partial(_on_buffers, host), results)
@@ -104,12 +97,9 @@ def _run(host: Host, targets: list[Tensor], views: list[Tensor]) -> None:
 
     Waking more threads costs more than they save there; the setting is this thread's own.
     """
-    global _begun, _running
-    with _lock:
-        _begun += 1
-        _running += 1
     threads = torch.get_num_threads()
     alone = threads > 1 and sum(t.nbytes for t in views) + sum(t.nbytes for t in targets) < SMALL
+    begin()
     try:
         if alone:
             torch.set_num_threads(1)
@@ -117,8 +107,7 @@ def _run(host: Host, targets: list[Tensor], views: list[Tensor]) -> None:
     finally:
         if alone:
             torch.set_num_threads(threads)
-        with _lock:
-            _running -= 1
+        end()
 
 
 def _announce() -> None:
@@ -132,27 +121,3 @@ def _announce() -> None:
             FunclsqWarning,
             stacklevel=2,
         )
-
-
-@atexit.register
-def _settle(limit: float = 60.0, window: float = 0.25) -> None:
-    """Wait at exit for work that nobody awaited.
-
-    A host call that runs or begins while the interpreter shuts down aborts the process. Every
-    computation whose result is still referenced is awaited. JAX does not tell of those whose
-    results were dropped: for them, wait until no host call runs and the process has been idle
-    for a moment.
-    """
-    if not _begun:
-        return
-    for array in jax.live_arrays():
-        with contextlib.suppress(Exception):
-            if not array.is_deleted():
-                array.block_until_ready()
-    stop = time.monotonic() + limit
-    while time.monotonic() < stop:
-        before, busy = _begun, time.process_time()
-        time.sleep(window)
-        idle = time.process_time() - busy < 0.2 * window
-        if idle and not _running and _begun == before:
-            return

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import cmath
+import itertools
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funclsq.errors import ConvergenceWarning
-from funclsq.raw import Plan, raw_solve
+from funclsq.raw import NotFiniteError, Plan, raw_solve
 from funclsq.solution import Status
 
 __all__ = ["HostSolve"]
@@ -29,48 +28,54 @@ class HostSolve:
     ----------
     problem : Problem
         What is static.
-    operands : callable
-        From the list of inputs to the operands of the primitive.
+    has : tuple of bool
+        Which of (w, d2, c, g, gate) are among the inputs, after the parameters and indices of A.
     """
 
-    def __init__(self, problem: Any, operands: Callable[[Any], Any]) -> None:
-        self._problem, self._operands = problem, operands
+    def __init__(self, problem: Any, has: tuple[bool, ...]) -> None:
+        self._problem = problem
+        self._params = len(problem.structure.param_ndims)
+        self._aux = self._params + len(problem.structure.aux_ndims)
+        rank = itertools.count(self._aux)
+        self._slots = [next(rank) if present else None for present in has]
         self._plan: Plan | None = None
 
     def _plan_for(self, structure: Any) -> Plan:
         if self._plan is None or self._plan.structure is not structure:
             p = self._problem
-            fixed = (p.options, p.full_rank, p.damped, _on_failure(p), False)
-            self._plan = Plan.of(structure, *fixed)
+            fixed = (p.options, p.full_rank, p.damped, _on_failure(p), p.check_finite)
+            self._plan = Plan.of(structure, *fixed, p.residuals)
         return self._plan
 
     def __call__(self, outputs: Any, inputs: Any) -> None:
         """Solve, from views of JAX's arrays to views of JAX's results."""
-        problem, ops = self._problem, self._operands(inputs)
+        problem = self._problem
         x, ax, info, deficient = outputs
-        gate = ops.gate
+        w, d2, c, g, gate = (None if i is None else inputs[i] for i in self._slots)
         if gate is not None and not bool(gate.any()):
             for t in outputs:
                 t.zero_()
             info[..., 0] = int(Status.SKIPPED)
             return
-        structure, params = problem.structure.host(ops.params, ops.aux)
-        w, d2, c, g = ops.w, ops.d2, ops.c, ops.g
-        bad = None
-        if problem.check_finite:
-            params, w, d2, c, g, bad = _repair(structure, params, w, d2, c, g)
+        params, aux = tuple(inputs[: self._params]), inputs[self._params : self._aux]
+        structure, params = problem.structure.host(params, aux)
         if problem.compute_dtype == "float64":
             params = tuple(map(_widen, params))
             w, d2, c, g = map(_widen, (w, d2, c, g))
-        plan = self._plan_for(structure)
-        found = raw_solve(plan, params, w, d2, c, g, gate, problem.primary)
+        plan, primary = self._plan_for(structure), problem.primary
+        bad = None
+        try:
+            found = raw_solve(plan, params, w, d2, c, g, gate, primary, True, problem.check_finite)
+        except NotFiniteError:
+            params, w, d2, c, g, bad = _repair(structure, params, w, d2, c, g)
+            found = raw_solve(plan, params, w, d2, c, g, gate, primary, True, False)
         x.copy_(found[0])
         ax.copy_(found[1])
-        info.copy_(found[2].nan_to_num_(nan=-1.0))
-        if info.shape[-2]:
-            deficient.copy_(info.select(-1, 6).select(-1, 0))
+        if info.dtype == found[2].dtype:
+            torch.nan_to_num(found[2], nan=-1.0, out=info)
         else:
-            deficient.zero_()
+            info.copy_(found[2].nan_to_num_(nan=-1.0))
+        deficient.copy_(info[..., 0, 6] if info.shape[-2] else torch.zeros(()))
         if gate is not None and gate.ndim:
             off = gate == 0
             for t in (x, ax):
@@ -91,16 +96,8 @@ def _widen(t: Tensor | None) -> Tensor | None:
     return t if t is None else t.to(_WIDE.get(t.dtype, t.dtype))
 
 
-def _finite(t: Tensor | None) -> bool:
-    """Whether all entries are finite: one pass, no temporary (a sum that overflows says no)."""
-    return t is None or cmath.isfinite(t.sum().item())
-
-
 def _repair(structure, params, w, d2, c, g):
     """Replace members and columns that are not finite by zeros, and say which they were."""
-    negative = w is not None and bool((w < 0).any())
-    if not negative and all(map(_finite, (*params, w, d2, c, g))):
-        return params, w, d2, c, g, None
     matrix = torch.as_tensor(False)
     for t, core in (*zip(params, structure.param_ndims), (w, 1), (d2, 1)):
         if t is not None:
@@ -110,7 +107,7 @@ def _repair(structure, params, w, d2, c, g):
     for t in (c, g):
         if t is not None:
             column = column | (~torch.isfinite(t)).any(-2)
-    if negative:
+    if w is not None:
         matrix = matrix | (w < 0).any(-1)
         w = w.clamp(min=0.0)
     params = tuple(map(_clean, params))

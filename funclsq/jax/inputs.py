@@ -100,7 +100,15 @@ def canonical(
         options = dataclasses.replace(options, extra=(*options.extra, *extra))
     full = m >= n and rank in ("full", n)
     problem = Problem(
-        structure, options, full, damped, on_failure, check_finite, compute_dtype, mechanism()
+        structure,
+        options,
+        full,
+        damped,
+        on_failure,
+        check_finite,
+        compute_dtype,
+        mechanism(),
+        residuals=name != "lstsq" or on_failure == "raise",
     )
     call = Call(problem, lead, per_column, vector)
     arrays = {

@@ -281,9 +281,11 @@ def _raise_if_failed(name: str, x: Any, info: tuple[Any, ...]) -> Any:
             f'{name}: on_failure="raise" inside a JAX program needs equinox. Install it with '
             "pip install 'funclsq[jax]', or use funclsq.jax.solve and look at its status."
         )
-    return eqx.error_if(
-        x,
+    # The check hangs on one flag, not on x: what goes through its callback must be small.
+    failed = eqx.error_if(
+        failed,
         failed,
         f"funclsq.jax.{name}: a least-squares solve did not meet its tolerance, or its input was "
         "not finite. funclsq.jax.solve(...).message says which and what to do.",
     )
+    return jnp.where(failed, jnp.nan, x)

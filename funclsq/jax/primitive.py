@@ -57,6 +57,7 @@ class Problem:
     check_finite: bool = True
     compute_dtype: str | None = None
     how: str = "buffer_callback"
+    residuals: bool = True  # somebody may read the residual norms
     primary: bool = False  # the solve that was asked for, not one that a derivative needs
 
     @property
@@ -133,8 +134,7 @@ def _lower(how, *flat, problem, has):
     if problem.structure.solves_in_jax:
         return problem.structure.solve(problem, ops)
     results = [jax.ShapeDtypeStruct(s, d) for s, d in _results(flat, problem, has)]
-    host = HostSolve(problem, functools.partial(Operands.unflatten, problem.structure, has))
-    return host_call(host, results, flat, how or problem.how)
+    return host_call(HostSolve(problem, has), results, flat, how or problem.how)
 
 
 mlir.register_lowering(

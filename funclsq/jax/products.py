@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from funclsq.extent import largest
 from funclsq.jax.bridge import host_call, mechanism
 from funclsq.jax.rules import abstract, eager, no_tangent, vary
 from funclsq.operators import SparseStructure
@@ -35,33 +36,37 @@ __all__ = ["mv", "rmv", "sddmm"]
 product_p = Primitive("funclsq_sparse_product")
 
 
-def mv(pattern: SparsityPattern, values: Any, v: Any) -> Any:
-    """A v; values (nnz,) or (B, nnz), v (n, k) or (B, n, k)."""
-    return _matrix_product("mv", pattern, values, v)
+def mv(pattern: SparsityPattern, values: Any, v: Any, lazy: bool = False) -> Any:
+    """A v; values (nnz,) or (B, nnz), v (n, k) or (B, n, k).
+
+    ``lazy``: a v of zeros gives zeros without a look at A, here and in every derivative. The
+    rules of a solve multiply by zeros where A turns out to have full rank.
+    """
+    return _matrix_product("mv", pattern, values, v, lazy)
 
 
-def rmv(pattern: SparsityPattern, values: Any, u: Any) -> Any:
+def rmv(pattern: SparsityPattern, values: Any, u: Any, lazy: bool = False) -> Any:
     """A^H u; values (nnz,) or (B, nnz), u (m, k) or (B, m, k)."""
     if jnp.iscomplexobj(values):
-        return jnp.conj(_matrix_product("tmv", pattern, values, jnp.conj(u)))
-    return _matrix_product("tmv", pattern, values, u)
+        return jnp.conj(_matrix_product("tmv", pattern, values, jnp.conj(u), lazy))
+    return _matrix_product("tmv", pattern, values, u, lazy)
 
 
 def sddmm(pattern: SparsityPattern, u: Any, v: Any) -> Any:
     """sum_k u[row, k] v[col, k] at each stored entry; u (m, k), v (n, k) or with a leading B."""
-    return product_p.bind(*vary((u, v)), pattern=pattern, kind="sddmm", how=mechanism())
+    return product_p.bind(*vary((u, v)), pattern=pattern, kind="sddmm", how=mechanism(), lazy=False)
 
 
-def _matrix_product(kind: str, pattern: SparsityPattern, values: Any, v: Any) -> Any:
-    how = mechanism()
+def _matrix_product(kind: str, pattern: SparsityPattern, values: Any, v: Any, lazy: bool) -> Any:
+    bind = functools.partial(product_p.bind, pattern=pattern, kind=kind, how=mechanism(), lazy=lazy)
     if values.ndim == 1 and v.ndim == 3:  # one matrix: fold the batch into columns
         batch, rows, k = v.shape
         folded = jnp.moveaxis(v, 0, 1).reshape(rows, batch * k)
-        out = product_p.bind(*vary((values, folded)), pattern=pattern, kind=kind, how=how)
+        out = bind(*vary((values, folded)))
         return jnp.moveaxis(out.reshape(-1, batch, k), 1, 0)
     if values.ndim == 2 and v.ndim == 2:
         v = jnp.broadcast_to(v, (values.shape[0], *v.shape))
-    return product_p.bind(*vary((values, v)), pattern=pattern, kind=kind, how=how)
+    return bind(*vary((values, v)))
 
 
 def _shape(a: Any, v: Any, pattern: SparsityPattern, kind: str) -> tuple[int, ...]:
@@ -72,17 +77,20 @@ def _shape(a: Any, v: Any, pattern: SparsityPattern, kind: str) -> tuple[int, ..
 
 
 @product_p.def_abstract_eval
-def _abstract(a, v, *, pattern, kind, how):
-    del how
+def _abstract(a, v, *, pattern, kind, how, lazy):
+    del how, lazy
     return abstract(_shape(a, v, pattern, kind), v.dtype, a, v)
 
 
 product_p.def_impl(eager(product_p))
 
 
-def _host(pattern, kind, outputs, inputs):
+def _host(pattern, kind, lazy, outputs, inputs):
     (out,), (a, v) = outputs, inputs
     if out.numel() == 0:
+        return
+    if lazy and (largest(v) == 0 or (kind == "sddmm" and largest(a) == 0)):
+        out.zero_()
         return
     if kind == "sddmm":
         out.copy_(raw_sddmm(pattern, a, v.conj(), batched=a.ndim == 3))
@@ -96,14 +104,13 @@ def _host(pattern, kind, outputs, inputs):
         out.copy_(op.rmv(v))
 
 
-def _lower(a, v, *, pattern, kind, how):
+def _lower(a, v, *, pattern, kind, how, lazy):
     result = jax.ShapeDtypeStruct(_shape(a, v, pattern, kind), v.dtype)
-    return host_call(functools.partial(_host, pattern, kind), (result,), (a, v), how)[0]
+    return host_call(functools.partial(_host, pattern, kind, lazy), (result,), (a, v), how)[0]
 
 
-def _lower_elsewhere(a, v, *, pattern, kind, how):
-    del how
-    return _lower(a, v, pattern=pattern, kind=kind, how="pure_callback")
+def _lower_elsewhere(a, v, **static):
+    return _lower(a, v, **{**static, "how": "pure_callback"})
 
 
 mlir.register_lowering(product_p, mlir.lower_fun(_lower, multiple_results=False), platform="cpu")

@@ -104,12 +104,12 @@ class Static(Bilinear):
     def mv(self, params, aux, v):
         """A v."""
         del aux
-        return products.mv(self.pattern, params[0], v)
+        return products.mv(self.pattern, params[0], v, lazy=True)
 
     def rmv(self, params, aux, u):
         """A^H u."""
         del aux
-        return products.rmv(self.pattern, params[0], u)
+        return products.rmv(self.pattern, params[0], u, lazy=True)
 
     def host(self, params, aux):
         """Structure and parameters for the torch core."""

@@ -142,6 +142,12 @@ def contenders(row, col, shape, tol):
 
     out = {
         "funclsq auto": lambda v, b: flj.lstsq(flj.Sparse(pattern, v), b),
+        "funclsq auto, tolerance of the peers": lambda v, b: flj.lstsq(
+            flj.Sparse(pattern, v), b, atol=tol, btol=tol
+        ),
+        "the same, rank=full": lambda v, b: flj.lstsq(
+            flj.Sparse(pattern, v), b, atol=tol, btol=tol, rank="full"
+        ),
         "funclsq cholesky, rank=full": lambda v, b: flj.lstsq(
             flj.Sparse(pattern, v), b, solver="cholesky", rank="full"
         ),

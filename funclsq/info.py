@@ -1,0 +1,129 @@
+"""The info table of a solve, one row per column: what happened, as plain numbers.
+
+    status, iterations, ||W^(1/2) r||, ||A^H W r + g - D2 x||, rank, cond, deficient, method
+
+On the CPU it is written by NumPy: a dozen operations on arrays of one element cost more in torch
+than a small solve does.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from funclsq.errors import ConvergenceError, ConvergenceWarning
+from funclsq.extent import extent, finite
+from funclsq.range import safe_norm
+from funclsq.solution import Status, describe
+
+__all__ = ["INFO", "assumed_deficient", "report", "residual_norms", "table"]
+
+INFO = 8
+_GOOD = np.zeros(max(Status) + 1, dtype=bool)
+_GOOD[[int(status) for status in Status if status.converged]] = True
+
+
+def table(
+    x: Tensor, status: Tensor, iterations: Tensor, norms: Any, prepared: Any, checked: bool
+) -> Tensor:
+    """Fill the table.
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., n, k)
+        The solution; with ``checked`` a column that is not finite is NONFINITE.
+    status, iterations : Tensor, shape (..., k)
+        What the method says.
+    norms : pair of Tensor, shape (..., k), or None
+        Residual norms; NaN where they were not computed.
+    prepared : Prepared
+        The method, which may know rank and condition.
+    checked : bool
+        Whether x is looked at.
+    """
+    shape = (*x.shape[:-2], x.shape[-1], INFO)
+    real = x.real.dtype if x.is_complex() else x.dtype
+    cpu = x.device.type == "cpu"
+    info: Any = torch.empty(shape, dtype=real, device=x.device)
+    out, as_is = (info.numpy(), _array) if cpu else (info, _column)
+    out[..., 0], out[..., 1] = as_is(status, info), as_is(iterations, info)
+    if norms is None:
+        out[..., 2:4] = math.nan
+    else:
+        out[..., 2], out[..., 3] = (as_is(t, info) for t in norms)
+    facts = (prepared.rank, prepared.cond, assumed_deficient(prepared), prepared.method)
+    for slot, (value, absent) in enumerate(zip(facts, (-1.0, math.nan, 1.0, 0.0)), 4):
+        if value is None:
+            value = absent
+        elif isinstance(value, Tensor):
+            value = as_is(value.unsqueeze(-1) if value.ndim else value, info)
+        out[..., slot] = value
+    if checked:
+        _mark_nonfinite(x, info, norms is not None)
+    return info
+
+
+def _array(t: Tensor, _: Tensor) -> np.ndarray:
+    return t.detach().numpy()
+
+
+def _column(t: Tensor, like: Tensor) -> Tensor:
+    return t.to(like.device, like.dtype)
+
+
+def _mark_nonfinite(x: Tensor, info: Tensor, norms: bool) -> None:
+    looked_at = (x, info[..., 2]) if norms else (x,)
+    if x.device.type == "cpu" and all(map(finite, looked_at)):
+        return
+    bad = ~torch.isfinite(x).all(-2)
+    if norms:
+        bad |= ~torch.isfinite(info[..., 2])
+    info[..., 0] = torch.where(bad, float(Status.NONFINITE), info[..., 0])
+
+
+def residual_norms(op: Any, w: Any, d2: Any, c: Any, g: Any, x: Any, ax: Any) -> Any:
+    """||W^(1/2) r|| and ||A^H W r + g - D2 x|| for r = c - A x, per column."""
+    r = -ax if c is None else c - ax
+    normal = op.rmv(r if w is None else r * w.unsqueeze(-1))
+    if g is not None:
+        normal = normal + g
+    if d2 is not None:
+        normal = normal - d2.unsqueeze(-1) * x
+    return _norm(r if w is None else r * w.sqrt().unsqueeze(-1)), _norm(normal)
+
+
+def _norm(v: Tensor) -> Tensor:
+    if v.device.type != "cpu":
+        return safe_norm(v)
+    norm = torch.linalg.vector_norm(v, dim=-2)
+    low, high = extent(norm)
+    bound = 2.0 ** (249 if norm.dtype == torch.float64 else 19)
+    return norm if low > 1 / bound and high < bound else safe_norm(v)
+
+
+def assumed_deficient(prepared: Any) -> Any:
+    """What to say of the rank without working for it: a Krylov method may not know yet."""
+    assumed = getattr(prepared, "assumed_deficient", None)
+    return prepared.deficient if assumed is None else assumed
+
+
+def report(on_failure: str, info: Tensor, norms: Any) -> None:
+    """Warn or raise if a solve did not converge; ``norms()`` gives norms that are still missing."""
+    if on_failure == "ignore":
+        return
+    codes = info[..., 0].cpu().numpy().astype(int)
+    if _GOOD[codes].all():
+        return
+    if bool(info[..., 2].isnan().any()):
+        found = norms()
+        if found is not None:
+            info[..., 2], info[..., 3] = found
+    text = describe(info[..., 0], info[..., 1], info[..., 2], info[..., 3])
+    if on_failure == "raise":
+        raise ConvergenceError(text)
+    warnings.warn(text, ConvergenceWarning, stacklevel=2)
