@@ -7,6 +7,8 @@ import copy
 import gc
 import io
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
@@ -69,6 +71,33 @@ def test_threads_share_a_pattern_and_a_factor(solver):
         alone, bar_alone = work(i)
         torch.testing.assert_close(x, alone, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(bar, bar_alone, rtol=1e-8, atol=1e-9)
+
+
+def test_the_thread_that_loads_a_backend_may_end():
+    """A native allocator may live and die with the thread that loads it (see lasting.py)."""
+    script = """
+import sys, threading
+import numpy as np, torch
+import funclsq as fl
+
+def work():
+    rng = np.random.default_rng(0)
+    row, col = rng.integers(0, 300, 800), rng.integers(0, 160, 800)
+    row, col = np.append(row, np.arange(160)), np.append(col, np.arange(160))
+    A = fl.Sparse(fl.SparsityPattern(row, col, (300, 160)), torch.randn(960).double())
+    for _ in range(3):
+        fl.lstsq(A, torch.randn(300).double(), solver="cholesky")
+
+for count in (1, 16, 16):
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    [t.start() for t in threads], [t.join() for t in threads]
+work()
+print("well")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout == "well\n", done.stderr[-2000:]
 
 
 def test_threads_with_values_of_their_own_do_not_meet():

@@ -7,13 +7,15 @@ and as fast to factor on grid, bundle-adjustment and regression problems.
 from __future__ import annotations
 
 import numpy as np
-import rslab
 import scipy  # its subpackages load on first use
 import torch
 
+from funclsq.backends.lasting import lasting_import
 from funclsq.backends.registry import NotPositive
 
 __all__ = ["DTYPES", "NAME", "analyze"]
+
+rslab = lasting_import("rslab")
 
 NAME = "rslab"
 DTYPES = frozenset({"float64", "float32"})  # its complex path is for A = A^T, not Hermitian
