@@ -36,7 +36,11 @@ class Factor(Protocol):
 
 
 class Symbolic(Protocol):
-    """The analysis of one pattern; ``factor`` may be called from several threads."""
+    """The analysis of one pattern; ``factor`` may be called from several threads.
+
+    It may have an attribute ``work``, (entries of the factor, flops that it takes) or None where
+    that is not known yet.
+    """
 
     def factor(self, data: np.ndarray) -> Factor:
         """Factor the values ``data``, (nnz,), in the order of the analysed CSC pattern.

@@ -32,6 +32,13 @@ class _Symbolic:
         pattern = scipy.sparse.csc_array((ones, indices[self._lower], lower_indptr), shape=(n, n))
         self._symbolic = rslab.analyze(pattern, path="ldlt", ordering="amd")
 
+    @property
+    def work(self) -> tuple[float, float]:
+        """Entries of the factor, and the flops that making it takes."""
+        pivots, order = np.asarray(self._symbolic.front_dims, dtype=float).reshape(-1, 2).T
+        flops = pivots * (order**2 - order * pivots + pivots**2 / 3)
+        return float(self._symbolic.factor_nnz), float(flops.sum())
+
     def factor(self, data: np.ndarray) -> _Factor:
         """Factor values on the pattern."""
         try:

@@ -26,6 +26,7 @@ class _Symbolic:
         self.indptr, self.indices, self.n = indptr, indices, indptr.size - 1
         self._lock = threading.Lock()
         self._permuted: tuple[np.ndarray, ...] | None = None
+        self.work: tuple[float, float] | None = None  # known from the first factor on
 
     def factor(self, data: np.ndarray) -> _Factor:
         """Factor values on the pattern."""
@@ -33,6 +34,8 @@ class _Symbolic:
             lu = _splu(data, self.indices, self.indptr, "MMD_AT_PLUS_A")
             with self._lock:
                 if self._permuted is None:
+                    counts = np.diff(lu.L.indptr).astype(float)
+                    self.work = (float(counts.sum()), float(counts @ counts))
                     self._permuted = _permute(self.indptr, self.indices, lu.perm_c)
             return _Factor(lu, None, data.itemsize)
         indptr, indices, source, order = self._permuted

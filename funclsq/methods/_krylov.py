@@ -94,6 +94,7 @@ class PreparedKrylov:
         else:
             self._full = None  # not known yet
         self._probed = False
+        self.undecided = False  # the probe for the rank was cut short
         self._scaled: dict[bool, tuple[Any, Tensor | None]] = {}
         self.cond: Tensor | None = None
 
@@ -107,7 +108,14 @@ class PreparedKrylov:
         other = copy.copy(self)
         other._options = options
         if options.maxiter != self._options.maxiter and self._full is False and self._probed:
-            other._full, other._probed = None, False  # more steps may find full rank
+            other._full, other._probed, other.undecided = None, False, False  # more steps may tell
+        return other
+
+    def supposing_full_rank(self) -> PreparedKrylov:
+        """Return the same operator, its columns taken as independent without a look."""
+        other = copy.copy(self)
+        if self._column_norms is not None:
+            other._full = True
         return other
 
     @property
@@ -261,6 +269,7 @@ class PreparedKrylov:
             if bool((norms(w) < level).all()):
                 return True
             if (answer.status == int(Status.MAXITER)).any():
+                self.undecided = True
                 break
         return False
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from funclsq.backends import NotPositive, backend, dense
+from funclsq.backends.registry import Backend
 from funclsq.methods._gram import Gram, estimate, gram_of, square
 from funclsq.operators import DenseOp, Operator, SparseOp, StackedOp
 
-__all__ = ["Normal", "flipped", "widened"]
+__all__ = ["DENSE_FILL", "DENSE_ORDER", "Normal", "analysis", "flipped", "widened"]
 
 DENSE_FILL = 0.15  # from this density of N on, and up to DENSE_ORDER, N is factored dense
 DENSE_ORDER = 8192
@@ -111,7 +112,9 @@ class Normal:
         if shift:
             values = values.copy()
             values[..., self._gram.diagonal] += shift
-        self._factor = self._symbolic(values.dtype).factor(values.reshape(-1))
+        chosen = backend(self._name, values.dtype.name)
+        symbolic = analysis(self._gram, chosen, self.batch)
+        self._factor = symbolic.factor(values.reshape(-1))
 
     def factor_shifted(self, shift: float) -> None:
         """Factor N + shift I, the shift raised until every pivot is positive."""
@@ -124,21 +127,6 @@ class Normal:
                 pass
             shift *= 16
         raise NotPositive("the normal matrix is not positive definite even when shifted")
-
-    def _symbolic(self, dtype: np.dtype) -> Any:
-        gram = self._gram
-        chosen = backend(self._name, dtype.name)
-        key = ("symbolic", chosen.NAME, self.batch)
-        with gram.pattern.lock:
-            cache = gram.pattern.cache
-            found = cache.pop(key, None)
-            if found is None:
-                found = chosen.analyze(*_repeated(gram, self.batch))
-                kept = [k for k in cache if isinstance(k, tuple) and k[0] == "symbolic"]
-                for old in kept[: max(0, len(kept) - _MAX_SYMBOLIC + 1)]:
-                    del cache[old]
-            cache[key] = found
-        return found
 
     @property
     def nbytes(self) -> int:
@@ -159,6 +147,21 @@ class Normal:
         flat = q.reshape(-1, q.shape[-1]).numpy()
         x = self._factor.solve(flat)
         return torch.from_numpy(np.ascontiguousarray(x)).view(q.shape)
+
+
+def analysis(gram: Gram, chosen: Backend, batch: int | None) -> Any:
+    """Return the backend's analysis of N, or of ``batch`` of them; kept with the pattern."""
+    key = ("symbolic", chosen.NAME, batch)
+    with gram.pattern.lock:
+        cache = gram.pattern.cache
+        found = cache.pop(key, None)
+        if found is None:
+            found = chosen.analyze(*_repeated(gram, batch))
+            kept = [k for k in cache if isinstance(k, tuple) and k[0] == "symbolic"]
+            for old in kept[: max(0, len(kept) - _MAX_SYMBOLIC + 1)]:
+                del cache[old]
+        cache[key] = found
+    return found
 
 
 def _repeated(gram, batch: int | None):

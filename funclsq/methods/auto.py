@@ -7,7 +7,8 @@ In order:
    (a batch of sparse ones with more than 8 columns is not: sparse products and small
    factors of A^H A take 0.1 to 0.9 of its time there)
 3. sparse on a GPU                                          lsmr
-4. one right-hand side: at most 50 iterations of lsmr       lsmr, if they converge
+4. few right-hand sides: a trial of lsmr, as long as it     lsmr, if it converges
+   looks cheaper than a factor (see _Watch)
 5. A^H A (or A A^H) too full for a sparse factor and large  lsmr
 6. else                                                     cholesky
 7. cholesky finds a null space too large for it             qr while A can be written out, else lsmr
@@ -16,12 +17,14 @@ In order:
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from funclsq.methods._price import Price
 from funclsq.methods._protocol import Options, Prepared, Raw
 from funclsq.methods.cholesky import NeedsDense, predict
 from funclsq.methods.cholesky import prepare as prepare_cholesky
@@ -35,7 +38,10 @@ __all__ = ["PreparedAuto", "prepare"]
 SMALL_ENTRIES = 1 << 14  # m n up to which one sparse matrix is written out for QR
 SMALL_BATCHED = 8  # min(m, n) up to which each matrix of a sparse batch is
 WRITABLE_ENTRIES = 1 << 25  # m n up to which a rank-deficient one is
-TRIAL_ITERATIONS = 50
+CHECK_EVERY = 12  # iterations after which a trial may be given up
+SLACK = 1.5  # how far beyond the price of a factor a trial may go
+GROWTH = 3.0  # what is foretold grows so many times what it grew since the last check
+PROBE = 0.5  # cost of the probe for the rank that follows an answer, to that of one column
 DENSE_GRAM = 0.15
 LARGE_GRAM = 8192
 
@@ -68,6 +74,7 @@ class PreparedAuto:
     ) -> None:
         self._op, self._damp, self._options, self._full_rank = op, damp, options, full_rank
         self._chosen: Prepared | None = None
+        self._steps = 0  # of lsmr, where it was chosen by a trial
         self._lock = threading.RLock()
 
     def _settle(self) -> Prepared:
@@ -100,6 +107,8 @@ class PreparedAuto:
                 raw = self._trial(c, g)
                 if raw is not None:
                     return raw
+            if self._steps and self._dear(c if g is None else g):
+                self._chosen, self._steps = None, 0
         chosen = self._settle()
         try:
             return chosen.solve(c, g)
@@ -108,19 +117,51 @@ class PreparedAuto:
                 self._chosen = self._dense()
             return self._chosen.solve(c, g)
 
+    def _dear(self, rhs: Tensor | None) -> bool:
+        """Whether so many columns cost more by lsmr than by a factor yet to be made."""
+        assert rhs is not None
+        price = Price(self._op, self._options.backend).value
+        return _columns(rhs.shape[-1]) * self._steps > 2 * price
+
     def _trial(self, c: Tensor, g: Tensor | None) -> Raw | None:
-        """A few iterations of lsmr on one right-hand side; kept if they suffice."""
-        if c.shape[-1] != 1 or g is not None:
+        """Some iterations of lsmr on few right-hand sides; kept if they suffice.
+
+        Full column rank is supposed first. Where it is not known it is probed afterwards: a
+        problem that lsmr does not solve need not be probed, and is given up early.
+        """
+        if g is not None:
             return None
-        limit = TRIAL_ITERATIONS
-        if self._options.maxiter is not None:
-            limit = min(limit, self._options.maxiter)
-        options = dataclasses.replace(self._options, maxiter=limit, callback=None, progress=False)
+        share = _columns(c.shape[-1])
+        price = Price(self._op, self._options.backend)
+        if price.value < 2 * CHECK_EVERY * share and price.settle() < 2 * CHECK_EVERY * share:
+            return None
+        options = dataclasses.replace(self._options, callback=None, progress=False)
         trial = prepare_lsmr(self._op, self._damp, options, self._full_rank)
-        raw = trial.solve(c, None)
+        tall = self._op.shape[0] >= self._op.shape[1] or self._damp is not None
+        factor = share + PROBE if trial.assumed_deficient else share
+        watch = _Watch(price, share, factor, max(torch.finfo(c.dtype).eps, options.atol or 0.0))
+        supposed = trial.supposing_full_rank() if tall else trial
+        supposed = supposed.with_options(dataclasses.replace(options, callback=watch))
+        try:
+            raw = supposed.solve(c, None)
+        except _TooSlow:
+            return None
         if not _converged(raw.status):
             return None
+        if tall:
+            most = math.ceil(SLACK * price.value)
+            most = most if options.maxiter is None else min(most, options.maxiter)
+            trial = trial.with_options(dataclasses.replace(options, maxiter=most))
+            if trial.deficient:
+                if trial.undecided:
+                    return None
+                raw = trial.solve(c, None)
+                if not _converged(raw.status):
+                    return None
+            elif trial.cond is None:
+                trial.cond = supposed.cond
         self._chosen = trial.with_options(self._options)
+        self._steps = int(raw.iterations.max())
         return raw
 
     def __getattr__(self, name: str) -> Any:
@@ -132,6 +173,53 @@ class PreparedAuto:
     def nbytes(self) -> int:
         """Memory held."""
         return 0 if self._chosen is None else int(self._chosen.nbytes)
+
+
+class _TooSlow(Exception):
+    """The trial would not end in time."""
+
+
+class _Watch:
+    """Ends a trial that looks dearer than giving it up.
+
+    The rate at which ||A^H r|| fell since the second iteration foretells the iterations that the
+    answer takes; where the rate slows down, what it foretells rises from check to check, and
+    is taken to rise GROWTH times as much again. An answer costs ``factor`` times as much as so
+    many steps on one column, the probe for the rank included. Giving up costs the steps made,
+    ``share`` each, and the price of a factor, which is worked out if that decides.
+    """
+
+    def __init__(self, price: Price, share: float, factor: float, goal: float) -> None:
+        self._price, self._share, self._factor, self._goal = price, share, factor, goal
+        self._first, self._last = 0.0, math.inf
+
+    def __call__(self, state: dict[str, Any]) -> None:
+        count, size = state["iteration"], float(state["normal_residual_norm"].max())
+        if count == 2:
+            self._first = size
+        if count % CHECK_EVERY or not self._first > 0 or not size > 0:
+            return
+        foretold = math.inf
+        if size < self._first:
+            goal = self._goal * max(float(state["residual_norm"].max()), self._first)
+            steps = (count - 2) * math.log(goal / self._first) / math.log(size / self._first)
+            foretold = steps + GROWTH * max(0.0, steps - self._last)
+            self._last = steps
+        if self._dear(count, foretold) and (self._price.exact or self._dearer(count, foretold)):
+            raise _TooSlow
+
+    def _dearer(self, count: int, foretold: float) -> bool:
+        self._price.settle()
+        return self._dear(count, foretold)
+
+    def _dear(self, count: int, foretold: float) -> bool:
+        price, made = self._price.value, self._share * count
+        return self._factor * foretold > price + made or made > SLACK * price
+
+
+def _columns(k: int) -> float:
+    """Cost of a step of lsmr on k columns, to that on one."""
+    return 1.0 if k <= 1 else 1.5 + 0.4 * k
 
 
 def _converged(status: Tensor) -> bool:

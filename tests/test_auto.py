@@ -1,0 +1,137 @@
+"""solver="auto": what it chooses, and that what it tries first is cheap where it fails."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+import funclsq as fl
+from funclsq.methods import auto
+from funclsq.methods._price import SPARSE_FACTOR, Price
+from funclsq.operators import SparseOp
+
+
+def _random(m, n, per_row, seed=0):
+    rng = np.random.default_rng(seed)
+    row = np.repeat(np.arange(m), per_row)
+    col = rng.integers(0, n, m * per_row)
+    return sp.coo_array((rng.standard_normal(row.size), (row, col)), shape=(m, n)).tocsr()
+
+
+def _grid(side):
+    D = sp.diags_array([-np.ones(side), np.ones(side)], offsets=[0, 1], shape=(side - 1, side))
+    eye = sp.eye_array(side)
+    return sp.vstack([sp.kron(D, eye), sp.kron(eye, D)]).tocsr()
+
+
+def _chain(n):
+    return sp.diags_array([-np.ones(n), np.ones(n)], offsets=[0, 1], shape=(n - 1, n)).tocsr()
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Count the products with single columns that a solve makes."""
+    made = []
+    for name in ("mv", "rmv"):
+        original = getattr(SparseOp, name)
+
+        def counted(self, X, out=None, original=original):
+            made.append(X.shape[-1])
+            return original(self, X) if out is None else original(self, X, out=out)
+
+        monkeypatch.setattr(SparseOp, name, counted)
+    return made
+
+
+def _sizes(A, k=None, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    shape = (A.shape[0],) if k is None else (A.shape[0], k)
+    return torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("A", "damp", "k", "chosen"),
+    [
+        (_random(4000, 400, 6), 0.0, None, "lsmr"),  # well-conditioned: a few iterations do
+        (_random(4000, 400, 6), 0.0, 4, "lsmr"),
+        (_random(4000, 400, 6), 0.0, 64, "cholesky"),  # many right-hand sides share a factor
+        (_grid(60), 0.01, None, "cholesky"),  # thousands of iterations, a thin factor
+        (_chain(3000), 0.01, None, "cholesky"),
+        (_random(100, 40, 5), 0.0, None, "qr"),  # small enough to be written out
+    ],
+    ids=["random", "few", "many", "grid", "chain", "small"],
+)
+def test_the_method_suits_the_matrix(A, damp, k, chosen):
+    b = _sizes(A, k)
+    sol = fl.solve(A, b, damp=damp)
+    assert sol.solver == chosen
+    assert bool(sol.converged.all())
+    want = fl.lstsq(A, b, damp=damp, solver="cholesky")
+    assert float((sol.x - want).norm()) <= 1e-11 * float(want.norm())
+
+
+@pytest.mark.parametrize(("A", "damp"), [(_grid(60), 0.01), (_chain(3000), 0.01)])
+def test_a_hopeless_trial_is_given_up_early(A, damp, products):
+    b = _sizes(A)
+    fl.lstsq(A, b, damp=damp)
+    tried = len(products)
+    products.clear()
+    fl.lstsq(2.0 * A, b, damp=2 * damp, solver="cholesky")
+    # two checks at most, two products per iteration, and a few around them
+    assert tried - len(products) <= 2 * 2 * auto.CHECK_EVERY + 12
+
+
+def test_a_trial_that_looks_cheaper_than_a_factor_runs_on(products):
+    A = _random(6000, 3000, 6, seed=3)  # A^H A is full enough: a dense factor
+    b = _sizes(A)
+    sol = fl.solve(A, b, rank="full")
+    price = Price(_op(A), None).settle()
+    assert price > 2 * SPARSE_FACTOR
+    assert sol.solver == "lsmr"
+    assert 2 * auto.CHECK_EVERY < int(sol.iterations) <= auto.SLACK * price
+
+
+def test_many_columns_are_not_iterated_on_because_one_was():
+    A = _random(4000, 400, 6, seed=9)
+    assert fl.solve(A, _sizes(A)).solver == "lsmr"
+    assert fl.solve(A, _sizes(A, 64)).solver == "cholesky"
+
+
+def _op(A):
+    S = fl.SparsityPattern(np.repeat(np.arange(A.shape[0]), np.diff(A.indptr)), A.indices, A.shape)
+    return SparseOp(S, torch.from_numpy(A.data))
+
+
+def test_a_probe_cut_short_leaves_the_rank_to_the_factor(monkeypatch):
+    """Where lsmr converges on b but its probe for the rank does not, the factor decides."""
+    A = sp.vstack([_grid(60), 0.02 * sp.eye_array(3600)]).tocsr()
+    smooth = torch.from_numpy(A @ np.ones(3600))  # a right-hand side of few singular vectors
+    sol = fl.solve(A, smooth)
+    assert sol.solver == "cholesky"
+    assert int(sol.rank) == 3600
+    np.testing.assert_allclose(sol.x.numpy(), 1.0, rtol=1e-10)
+
+
+class Known:
+    value, exact = 130.0, True
+
+
+def test_the_watch_tells_steady_from_slowing():
+    def run(rates):
+        watch = auto._Watch(Known(), 1.0, 1.0, 1e-16)
+        size = 1.0
+        for count in range(1, 200):
+            size *= rates(count)
+            state = {"iteration": count, "normal_residual_norm": np.array([size])}
+            try:
+                watch(state | {"residual_norm": np.array([1.0])})
+            except auto._TooSlow:
+                return count
+        return None
+
+    assert run(lambda count: 0.6) is None  # 72 iterations
+    assert run(lambda count: 0.995) == auto.CHECK_EVERY
+    assert run(lambda count: 0.6 if count < 6 else 0.97) <= 3 * auto.CHECK_EVERY
+    assert run(lambda count: 1.001) == auto.CHECK_EVERY
