@@ -1,6 +1,9 @@
 """Differentiable sparse least squares: one functional core, the same in torch and in JAX."""
 
+from typing import TYPE_CHECKING
+
 from funclsq import solvers
+from funclsq._lazy import submodules
 from funclsq.errors import ConvergenceError, ConvergenceWarning, FunclsqWarning, RankWarning
 from funclsq.factorize import Factorization, covariance, factorize
 from funclsq.lstsq import lstsq, solve
@@ -10,7 +13,11 @@ from funclsq.regression import LinearRegression, linear_regression
 from funclsq.solution import Method, Solution, Status
 from funclsq.sparse import Sparse
 
+if TYPE_CHECKING:
+    from funclsq import compat, nn, validate
+
 __version__ = "0.1.0"
+__getattr__ = submodules(__name__, ("compat", "nn", "validate"))
 
 __all__ = [
     "ConvergenceError",
@@ -25,10 +32,13 @@ __all__ = [
     "Sparse",
     "SparsityPattern",
     "Status",
+    "compat",
     "covariance",
     "factorize",
     "linear_regression",
     "lstsq",
+    "nn",
     "solve",
     "solvers",
+    "validate",
 ]
