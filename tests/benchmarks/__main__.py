@@ -38,9 +38,15 @@ FULL = (
     "one-hot",
     "terrain",
     "tomography",
+    "tomography-128",
+    "near-dependent",
+    "graded",
     "well1033",
     "illc1850",
     "lp_fit2p_T",
+    "m3500",
+    "bal-49",
+    "landmark",
     "insteval",
 )
 

@@ -220,6 +220,58 @@ def _entries_of(problem: Problem) -> np.ndarray:
     return np.arange(problem.A.nnz)
 
 
+DENSE = 3_000_000  # entries up to which a matrix is written out for the dense solvers
+
+
+def torch_dense(problem: Problem, gradient: bool, tol: float) -> Run:
+    """torch.linalg.lstsq (LAPACK gelsy, its default) on [A; damp I] written out."""
+    m, n = _written_out(problem)
+    row, col = torch.from_numpy(problem.row).long(), torch.from_numpy(problem.A.indices).long()
+
+    def run(data: Data) -> Answer:
+        A = torch.zeros((m, n), dtype=torch.float64)
+        A[row, col] = torch.from_numpy(data.values)
+        b = torch.from_numpy(data.b.reshape(m, -1))
+        A.requires_grad_(gradient)
+        b.requires_grad_(gradient)
+        full, rhs = A, b
+        if problem.damp:
+            full = torch.cat([A, problem.damp * torch.eye(n, dtype=A.dtype)])
+            rhs = torch.cat([b, b.new_zeros((n, b.shape[1]))])
+        x = torch.linalg.lstsq(full, rhs).solution
+        shape = data.x_bar.shape
+        if not gradient:
+            return (x.reshape(shape),)
+        x_bar = torch.from_numpy(data.x_bar.reshape(n, -1))
+        A_bar, b_bar = torch.autograd.grad(x, (A, b), x_bar)
+        return x.detach().reshape(shape), A_bar[row, col], b_bar.reshape(data.b.shape)
+
+    return run
+
+
+def jax_dense(problem: Problem, gradient: bool, tol: float) -> Run:
+    """jnp.linalg.lstsq (by the SVD) on [A; damp I] written out."""
+    jax, jnp = _jax()
+    m, n = _written_out(problem)
+    row, col = jnp.asarray(problem.row), jnp.asarray(problem.A.indices)
+
+    def solve(values, b):
+        A = jnp.zeros((m, n)).at[row, col].set(values)
+        if problem.damp:
+            A = jnp.concatenate([A, problem.damp * jnp.eye(n)])
+            b = jnp.concatenate([b, jnp.zeros((n, *b.shape[1:]))])
+        return jnp.linalg.lstsq(A, b)[0]
+
+    return _jax_run(jax, jnp, solve, gradient)
+
+
+def _written_out(problem: Problem) -> tuple[int, int]:
+    m, n = problem.A.shape
+    if m * n > DENSE:
+        raise NotImplementedError("too large to write out")
+    return m, n
+
+
 # JAX
 
 
@@ -331,6 +383,8 @@ CONTESTANTS: dict[str, Contestant] = {
         Contestant("matfree lsmr", matfree, LADDER, "matfree"),
         Contestant("lineax LSMR", _with(lineax, normal=False), LADDER, "lineax"),
         Contestant("lineax Normal(CG)", _with(lineax, normal=True), LADDER, "lineax"),
+        Contestant("torch.linalg.lstsq", torch_dense),
+        Contestant("jnp.linalg.lstsq", jax_dense, needs="jax"),
         Contestant("CHOLMOD", cholmod, needs="sksparse.cholmod"),
         Contestant("SPQR", spqr, needs="sparseqr"),
     )

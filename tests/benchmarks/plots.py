@@ -81,8 +81,12 @@ def _scaling(results: dict[str, Any], path: Path) -> None:
         ("nnz", "stored entries"),
         ("k", "right-hand sides"),
         ("batch", "problems in a batch"),
+        ("threads", "threads"),
     )
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    panels = tuple(p for p in panels if results["scaling"].get(p[0]))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4 * len(panels), 3.8), layout="constrained"
+    )
     for axis, (key, label) in zip(axes, panels):
         for (solver,), rows in group(results["scaling"][key], "solver").items():
             at = [r["at"] for r in rows]
@@ -93,7 +97,15 @@ def _scaling(results: dict[str, Any], path: Path) -> None:
             axis.fill_between(at, low, high, color=line.get_color(), alpha=0.15)
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel="seconds, x and gradient")
         axis.grid(alpha=0.3)
-        _slope(axis, max(at))
+        if key == "threads":
+            axis.set_xticks(at, at)
+            axis.minorticks_off()
+        else:
+            _slope(axis, max(at))
+        if key == "nnz" and results.get("bandwidth"):
+            # one pass over values and indices of A and of its transpose: an iteration takes that
+            floor = [24 * entries / results["bandwidth"] for entries in at]
+            axis.plot(at, floor, "k--", lw=1, label="one iteration at full bandwidth")
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -7,11 +7,13 @@ the pattern stays, as it does in use.
 from __future__ import annotations
 
 import dataclasses
+import gzip
 from collections.abc import Callable
 
 import numpy as np
 import scipy.sparse as sp
 import scipy.sparse.linalg
+import torch
 
 from tests import realdata
 
@@ -41,10 +43,14 @@ class Problem:
         return np.repeat(np.arange(self.A.shape[0]), np.diff(self.A.indptr))
 
     def draw(self, seed: int) -> Data:
-        """Every value moved by about 1%, an inconsistent b, a cotangent of x."""
+        """Every row and column stretched by about 1%, an inconsistent b, a cotangent of x.
+
+        All values are new, and what makes the matrix hard (dependent columns) stays.
+        """
         rng = np.random.default_rng(seed)
         m, n = self.A.shape
-        values = self.A.data * (1 + 0.01 * rng.standard_normal(self.A.nnz))
+        rows, columns = (1 + 0.01 * rng.standard_normal(size) for size in (m, n))
+        values = self.A.data * rows[self.row] * columns[self.A.indices]
         x = rng.standard_normal((n, self.k))
         b = self.matrix(values) @ x
         b += 0.1 * np.linalg.norm(b) / np.sqrt(b.size) * rng.standard_normal((m, self.k))
@@ -163,6 +169,53 @@ def real(rel: str) -> sp.csr_array:
     return _csr(realdata.load(rel)[0])
 
 
+def bundle_adjustment(rel: str) -> sp.csr_array:
+    """Jacobian of the reprojection errors of a BAL file at its start (rows: 2 per observation).
+
+    Camera: Rodrigues vector, translation, focal length, two radial distortions; the model is that
+    of S. Agarwal et al., Bundle adjustment in the large (2010), doi:10.1007/978-3-642-15552-9_3.
+    """
+    path = realdata.FOLDER / rel
+    if not path.exists():
+        raise Absent(f"no data file {rel}")
+    with gzip.open(path, "rt") as f:
+        cameras, points, count = (int(t) for t in f.readline().split())
+        seen = np.array([f.readline().split() for _ in range(count)], dtype=float)
+        rest = torch.tensor([float(line) for line in f], dtype=torch.float64)
+    camera, point = (torch.from_numpy(seen[:, i].astype(np.int64)) for i in (0, 1))
+    C = rest[: 9 * cameras].reshape(-1, 9)[camera]
+    P = rest[9 * cameras :].reshape(-1, 3)[point]
+
+    def project(q: torch.Tensor) -> torch.Tensor:
+        angle, t, (f, k1, k2), X = q[:3], q[3:6], q[6:9], q[9:]
+        theta = torch.linalg.vector_norm(angle)
+        axis = angle / theta
+        turned = X * theta.cos() + torch.linalg.cross(axis, X) * theta.sin()
+        y = turned + axis * (axis @ X) * (1 - theta.cos()) + t
+        p = -y[:2] / y[2]
+        r2 = p @ p
+        return f * (1 + k1 * r2 + k2 * r2**2) * p
+
+    J = torch.func.vmap(torch.func.jacfwd(project))(torch.cat([C, P], 1))  # (count, 2, 12)
+    own = torch.cat(
+        [9 * camera[:, None] + torch.arange(9), 3 * point[:, None] + torch.arange(3)], 1
+    )
+    own[:, 9:] += 9 * cameras
+    row = torch.arange(2 * count).repeat_interleave(12)
+    col = own.repeat_interleave(2, 0).reshape(-1)
+    shape = (2 * count, 9 * cameras + 3 * points)
+    A = sp.coo_array((J.reshape(-1).numpy(), (row.numpy(), col.numpy())), shape=shape).tocsr()
+    size = np.sqrt(np.asarray((A * A).sum(0)).ravel())
+    return _csr(A @ sp.diags_array(1 / size))
+
+
+def near_dependent(m: int, n: int, cond: float, seed: int = 0) -> sp.csr_array:
+    """Sparse rows, and columns that are in pairs the same but for a part of size 1/cond."""
+    A = random_rows(m, n // 2, 5, seed, spread=0.0)
+    B = random_rows(m, n // 2, 5, seed + 1, spread=0.0)
+    return _csr(sp.hstack([A, A + B / cond]))
+
+
 class Absent(Exception):
     """A data file that is not on this machine."""
 
@@ -170,17 +223,14 @@ class Absent(Exception):
 def reference(problem: Problem, data: Data) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """x and the cotangents of the values and of b, for the cotangent x_bar of x.
 
-    By a sparse LU of the normal equations, refined on residuals in extended precision: for
-    problems of moderate condition number, or ArithmeticError says so.
+    By a sparse LU of the normal equations (by LSMR where that does not fit), refined on residuals
+    in extended precision: for problems of moderate condition number, or ArithmeticError says so.
     """
     A = problem.matrix(data.values)
     m, n = A.shape
     scale = 1 / np.sqrt(np.asarray((A * A).sum(0)).ravel() + problem.damp**2)
     S = _csr(A @ sp.diags_array(scale))
-    N = (S.T @ S + sp.diags_array((problem.damp * scale) ** 2)).tocsc()
-    lu = scipy.sparse.linalg.splu(
-        N, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True}
-    )
+    rough = _rough_inverse(S, problem.damp * scale)
     product, adjoint = _long(A, A.data), _long_adjoint(A, A.data)
 
     def solve(c: np.ndarray | None, g: np.ndarray | None) -> np.ndarray:
@@ -190,7 +240,7 @@ def reference(problem: Problem, data: Data) -> tuple[np.ndarray, np.ndarray, np.
             residual += adjoint((0 if c is None else c) - product(x))
             residual += 0 if g is None else g
             rhs = np.ascontiguousarray((scale[:, None] * residual).astype(float))
-            step = scale[:, None] * lu.solve(rhs)
+            step = scale[:, None] * rough(rhs)
             x += step
             if np.linalg.norm(step) < 1e-15 * np.linalg.norm(x.astype(float)):
                 return x
@@ -206,6 +256,27 @@ def reference(problem: Problem, data: Data) -> tuple[np.ndarray, np.ndarray, np.
         values_bar.astype(float),
         y.astype(float).reshape(data.b.shape),
     )
+
+
+def _rough_inverse(S: sp.csr_array, damp: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """(S^T S + damp^2)^-1 to some digits."""
+    m, n = S.shape
+    if S.nnz**2 / max(m, n) < 2e8:  # pairs of entries that meet in a row of the longer side
+        N = (S.T @ S + sp.diags_array(damp**2)).tocsc()
+        return scipy.sparse.linalg.splu(
+            N, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True}
+        ).solve
+    both = sp.vstack([S, sp.diags_array(damp)], format="csr")
+    back = both.T.tocsr()
+
+    def column(g: np.ndarray) -> np.ndarray:
+        # z = B^+ (B^+)^T g: the least-norm u of B^T u = g, then the z of B z = u
+        u = scipy.sparse.linalg.lsmr(back, g, atol=1e-13, btol=1e-13, conlim=0, maxiter=20 * n)[0]
+        return scipy.sparse.linalg.lsmr(both, u, atol=1e-13, btol=1e-13, conlim=0, maxiter=20 * n)[
+            0
+        ]
+
+    return lambda rhs: np.stack([column(g) for g in rhs.T], 1)
 
 
 def _long(A: sp.csr_array, values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -240,5 +311,14 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "well1033": lambda: Problem("well1033", real("sparse_lsq/well1033.mtx.gz")),
     "illc1850": lambda: Problem("illc1850", real("sparse_lsq/illc1850.mtx.gz")),
     "lp_fit2p_T": lambda: Problem("LP fit2p transposed", real("sparse_lsq/lp_fit2p_T.mtx.gz")),
+    "near-dependent": lambda: Problem("near-dependent columns", near_dependent(6000, 2000, 1e3)),
+    "graded": lambda: Problem("columns over 9 decades", random_rows(20_000, 2000, 10, spread=9.0)),
+    "m3500": lambda: Problem("pose graph M3500, damped", real("slam_ba/M3500_gn0.npz"), damp=1.0),
+    "bal-49": lambda: Problem(
+        "bundle adjustment BAL 49, damped",
+        bundle_adjustment("slam_ba/problem-49-7776-pre.txt.gz"),
+        damp=1e-3,
+    ),
+    "landmark": lambda: Problem("landmark, damped", real("sparse_lsq/landmark.npz"), damp=1e-2),
     "insteval": lambda: Problem("InstEval, damped", real("regression/insteval.npz"), damp=1.0),
 }

@@ -1,7 +1,8 @@
-"""Time against nonzeros, right-hand sides and batch size; products against plain torch."""
+"""Time against nonzeros, right-hand sides, batch size and threads; products against plain torch."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 import funclsq as fl
 from funclsq.operators import SparseStructure, sddmm
-from tests.benchmarks.problems import Problem, random_rows
+from tests.benchmarks.problems import Problem, grid, random_rows
 from tests.benchmarks.suite import log
 from tests.benchmarks.timing import once
 
@@ -18,13 +19,13 @@ __all__ = ["products", "scaling"]
 
 
 def scaling(quick: bool, repetitions: int) -> dict[str, list[dict[str, Any]]]:
-    """x and gradient by the default solver: against nonzeros, k and batch size."""
-    out: dict[str, list[dict[str, Any]]] = {"nnz": [], "k": [], "batch": []}
-    top = 6 if quick else 7
-    for nnz in (int(10**p) for p in np.arange(4, top + 0.1, 0.5)):
+    """x and gradient: against nonzeros, k, batch size and threads."""
+    out: dict[str, list[dict[str, Any]]] = {"nnz": [], "k": [], "batch": [], "threads": []}
+    sizes = [int(10**p) for p in np.arange(4, 6.1 if quick else 7.1, 0.5)]
+    for nnz in sizes if quick else [*sizes, 50_000_000]:
         A = random_rows(nnz // 10, max(20, nnz // 100), 10, spread=0.0)
         for solver in ("auto", "lsmr"):
-            seconds = _times(A, 1, None, solver, repetitions)
+            seconds = _times(A, 1, None, solver, repetitions if nnz < 1e7 else 2)
             out["nnz"].append({"at": A.nnz, "solver": solver, "seconds": seconds})
     A = random_rows(20_000, 2000, 10)
     for k in (1, 2, 4, 8, 16, 32, 64):
@@ -36,10 +37,23 @@ def scaling(quick: bool, repetitions: int) -> dict[str, list[dict[str, Any]]]:
         for solver in ("auto", "lsmr"):
             seconds = _times(A, 1, batch, solver, repetitions)
             out["batch"].append({"at": batch, "solver": solver, "seconds": seconds})
+    cores = [t for t in (1, 2, 4, 8, 16) if t <= (os.cpu_count() or 1)]
+    before = torch.get_num_threads()
+    large, flat = random_rows(100_000, 10_000, 10, spread=0.0), grid(100 if quick else 200)
+    try:
+        for threads in cores:
+            torch.set_num_threads(threads)
+            for solver, A in (("lsmr", large), ("cholesky", flat)):
+                seconds = _times(A, 1, None, solver, repetitions, damp=0.01)
+                out["threads"].append({"at": threads, "solver": solver, "seconds": seconds})
+    finally:
+        torch.set_num_threads(before)
     return out
 
 
-def _times(A, k: int, batch: int | None, solver: str, repetitions: int) -> list[float]:
+def _times(
+    A: Any, k: int, batch: int | None, solver: str, repetitions: int, damp: float = 0.0
+) -> list[float]:
     problem = Problem("", A)
     S = fl.SparsityPattern(problem.row, A.indices, A.shape)
     lead = () if batch is None else (batch,)
@@ -52,7 +66,7 @@ def _times(A, k: int, batch: int | None, solver: str, repetitions: int) -> list[
         b = torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_()
 
         def work(values=values, b=b):
-            x = fl.lstsq(fl.Sparse(S, values), b, solver=solver)
+            x = fl.lstsq(fl.Sparse(S, values), b, damp=damp, solver=solver)
             return torch.autograd.grad(x.sum(), (values, b))
 
         seconds.append(once(work)[0])

@@ -1,4 +1,8 @@
-"""Interleaved timing: every repetition runs all contestants, in rotating order, on new numbers."""
+"""Interleaved timing: every repetition runs all contestants, in rotating order, on new numbers.
+
+Each contestant gets numbers of its own in each repetition: settings of this library share what
+they keep of equal values, and one of them would find ready what another has just factored.
+"""
 
 from __future__ import annotations
 
@@ -47,10 +51,10 @@ def interleave(
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repetition in range(repetitions):
-        data = draw(1000 + repetition)
         shift = repetition % max(1, len(names))
         for name in names[shift:] + names[:shift]:
             if repetition < (at_most or {}).get(name, repetitions):
+                data = draw(1000 * (names.index(name) + 1) + repetition)
                 seconds[name].append(once(runs[name], data)[0])
     return seconds
 
