@@ -98,6 +98,7 @@ class Core:
         B = self.normal.B
         V = self._nulls
         V = V - refine(B, self._rough, B.mv(V), None, self.normal.eps)[0]
+        V = torch.where(self.normal.zero.unsqueeze(-1), 0, V)  # of a scale of their own
         self._nulls = _orthonormal(V, nulls)
         self.null = _orthonormal(self._nulls * self.normal.scale.unsqueeze(-1), nulls)
 
