@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy  # its subpackages load on first use
 
+from funclsq.methods._dense_rows import sparse_part
 from funclsq.pattern import SparsityPattern
 
 __all__ = ["Gram", "estimate", "gram_of", "predict", "square"]
@@ -175,11 +176,12 @@ def predict(pattern: SparsityPattern) -> tuple[int, float]:
 
 
 def estimate(pattern: SparsityPattern) -> tuple[int, float]:
-    """Estimate (nnz, density) of A^H A without forming it.
+    """Estimate (nnz, density) of A^H A without its dense rows and without forming it.
 
     Exact where it is known already or A has few columns; otherwise columns drawn at random are
     counted, at 128/n of the cost of the product.
     """
+    pattern = sparse_part(pattern)
     n = max(1, pattern.shape[1])
     with pattern.lock:
         known = pattern.cache.get("gram")

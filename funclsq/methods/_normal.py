@@ -15,6 +15,7 @@ from torch import Tensor
 
 from funclsq.backends import NotPositive, backend, dense
 from funclsq.backends.registry import Backend
+from funclsq.methods._dense_rows import Border, dense_rows, sparse_part
 from funclsq.methods._gram import Gram, estimate, gram_of, square
 from funclsq.operators import DenseOp, Operator, SparseOp, StackedOp
 
@@ -75,12 +76,17 @@ class Normal:
         if isinstance(op, StackedOp):
             op, damp = op.op, op.damp
         self._gram: Gram | None = None
+        self._rows: Tensor | None = None  # the dense rows, kept out of N
+        self._border: Border | None = None
         if isinstance(op, SparseOp):
             v = op.csr_values.numpy()
             small = self.batch is not None and self.n <= SMALL_ORDER
             full = self.n <= DENSE_ORDER and estimate(op.pattern)[1] > DENSE_FILL
             if not (small or full):
-                self._gram = gram_of(op.pattern)
+                apart = dense_rows(op.pattern)
+                if apart is not None:
+                    self._rows, v = apart.written_out(op.csr_values), v[..., apart.kept]
+                self._gram = gram_of(sparse_part(op.pattern))
                 self._values = self._gram.values(v)
                 self._values[..., self._gram.diagonal] += self._extra(damp).numpy()
                 return
@@ -115,6 +121,8 @@ class Normal:
         chosen = backend(self._name, values.dtype.name)
         symbolic = analysis(self._gram, chosen, self.batch)
         self._factor = symbolic.factor(values.reshape(-1))
+        if self._rows is not None:
+            self._border = Border(self._rows, self._solve_factored, shift > 0)
 
     def factor_shifted(self, shift: float) -> None:
         """Factor N + shift I, the shift raised until every pivot is positive."""
@@ -132,6 +140,7 @@ class Normal:
     def nbytes(self) -> int:
         """Bytes held: the factor, N and the scaled operator."""
         held = self._values.nbytes + self._factor.nbytes
+        held += 0 if self._border is None else self._border.nbytes
         op = self.B.op if isinstance(self.B, StackedOp) else self.B
         held += 2 * op.csr_values.nbytes if isinstance(op, SparseOp) else op.dense().nbytes
         return held
@@ -144,6 +153,9 @@ class Normal:
             return torch.zeros_like(q)
         if self._gram is None:
             return self._factor.solve(q)
+        return self._solve_factored(q) if self._border is None else self._border.solve(q)
+
+    def _solve_factored(self, q: Tensor) -> Tensor:
         flat = q.reshape(-1, q.shape[-1]).numpy()
         x = self._factor.solve(flat)
         return torch.from_numpy(np.ascontiguousarray(x)).view(q.shape)

@@ -8,6 +8,7 @@ bundle adjustment, regression, pose graphs, random patterns) on one thread of an
 from __future__ import annotations
 
 from funclsq.backends import backend
+from funclsq.methods._dense_rows import sparse_part
 from funclsq.methods._gram import gram_of, predict
 from funclsq.methods._normal import DENSE_FILL, DENSE_ORDER, analysis
 from funclsq.operators import SparseOp
@@ -56,7 +57,7 @@ class Price:
         """Lay the factor out (once per pattern) where the backend tells its size."""
         if not self.exact:
             chosen = backend(self._name, self._dtype)
-            symbolic = analysis(gram_of(self._pattern), chosen, None)
+            symbolic = analysis(gram_of(sparse_part(self._pattern)), chosen, None)
             work = getattr(symbolic, "work", None)
             if work is not None:
                 entries, flops = work
