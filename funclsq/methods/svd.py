@@ -128,7 +128,9 @@ def thin_svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     except torch.linalg.LinAlgError:
         if A.device.type != "cpu":
             raise
-        found = _patient_svd(B)
+        found = None
+    if found is None or not (A.device.type != "cpu" or bool(torch.isfinite(found[1]).all())):
+        found = _patient_svd(B)  # NaN, or nothing, for subnormal numbers among ordinary ones
     if whole:
         return found
     U, s, Vh = (torch.where(_over(finite, t), t, torch.nan) for t in found)
