@@ -82,7 +82,8 @@ AREAS = {
 # Mistakes that cannot be seen, and why: a part of the description, the reason.
 EQUIVALENT: dict[str, str] = {
     ": 5 + len(params)": "a count of None, not algebra",
-    ": (None,) * count": "a count of None, not algebra",
+    ": (None,) * ": "a count of None, not algebra",
+    "other factor dropped: deficient.to(": "where the gate is 0, (I - P) v is 0 anyway",
     ": ax_dot + matmul(structure, params, null_term)": "A (I - P) is zero",
     ": v - rmatmul(plan.structure, params, _rows(w, az))": "the second projection does it all",
     "weights dropped: _rows(w, az)": "the second projection does it all",

@@ -14,6 +14,8 @@ from mutants import AREAS
 from torch.func import jvp, vjp
 
 import funclsq as fl
+from funclsq import matrix
+from funclsq.operators import SparseStructure
 
 REAL, COMPLEX = torch.float64, torch.complex128
 STEP, TOLERANCE = 1e-4, 2e-4
@@ -153,6 +155,27 @@ def test_the_null_space_is_met_to_eps_cond(damp):
     error = (A_bar - want) @ (torch.eye(6) - V @ V.mH)
     assert torch.linalg.matrix_norm(error) < 1e-8 * size
     assert torch.linalg.matrix_norm(A_bar - want) < 1e-2 * torch.linalg.matrix_norm(want)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_product_has_the_gradient_that_is_asked_for(asked):
+    pattern = fl.SparsityPattern([0, 1, 2, 2], [1, 0, 0, 1], (3, 2))
+    structure = SparseStructure(pattern)
+    for make, shapes in (
+        (lambda a, v: matrix.matmul(structure, (a,), v), ((4,), (2, 2))),
+        (lambda a, u: matrix.rmatmul(structure, (a,), u), ((4,), (3, 2))),
+        (lambda u, v: matrix.outer(structure, (torch.ones(4),), u, v)[0], ((3, 2), (2, 2))),
+    ):
+        g = torch.Generator().manual_seed(0)
+        args = [_randn(g, *shape, dtype=COMPLEX) for shape in shapes]
+        step = _randn(g, *shapes[asked], dtype=COMPLEX)
+        moved = [a + step if i == asked else a for i, a in enumerate(args)]
+        difference = make(*moved) - make(*args)  # exact: the maps are linear in each operand
+        args[asked].requires_grad_()
+        out = make(*args)
+        k = _randn(g, *out.shape, dtype=COMPLEX)
+        (bar,) = torch.autograd.grad(out, args[asked], k)
+        _close(_inner([bar], [step]), _inner([k], [difference]))
 
 
 # How many mutants of each area are run here; ``python -m tests.mutants`` runs every one.
