@@ -253,7 +253,7 @@ def _deficiency(plan: Plan, info: Tensor, gate: Tensor | None) -> Tensor | None:
 
 def _factored(info: Tensor) -> bool:
     """Whether a factor is kept, so that one more solve costs little; True where none can see."""
-    code = info[..., _SLOT_METHOD]
+    code = info[..., _SLOT_METHOD] % 16  # the Method; the rest says why it was taken
     direct = (code == Method.cholesky) | (code == Method.qr) | (code == Method.svd)
     return not _is_zero(direct)
 
