@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import funclsq as fl
+from funclsq import plot
 from funclsq.nn import LeastSquares, Objective
 
 matplotlib.use("Agg")
@@ -95,26 +96,15 @@ def main() -> None:
         print(f"{name:28}{float((x - exact).norm()):17.1e}")
 
     figure, axis = plt.subplots(figsize=(8.6, 5), layout="constrained")
-    colours = iter(["#c0392b", "#e08e0b", "#7d5ba6", "#2a9d8f", "#1d5b9c"])
-    steps = np.arange(EPOCHS + 1)
+    axis.set_prop_cycle(color=["#c0392b", "#e08e0b", "#7d5ba6", "#2a9d8f", "#1d5b9c"])
     for name, error in list(errors.items())[3:]:
-        colour, rate = next(colours), paths[name][1]
-        label = "lr 1e-3: all three formulations, gradient_descent" if "1e-3" in name else name
-        axis.semilogy(
-            error, color=colour, lw=2.2, label=label.replace("descent, 1", "descent, step 1")
-        )
-        bound = float(error[0]) * rate**steps
-        axis.semilogy(
-            steps[bound > 1e-15], bound[bound > 1e-15], color=colour, lw=1, ls=(0, (4, 3))
-        )
+        label = name.replace("descent, lr 1e-3", "descent, the three formulations: lr 1e-3")
+        plot.convergence(error, axis, rate=paths[name][1], label=label)
     axis.axhline(float((fl.lstsq(A, y) - exact).norm()), color="0.35", lw=1)
     axis.annotate("fl.lstsq(A, y), no steps", (150, 2.4e-16), color="0.35", fontsize=10)
-    axis.set(
-        xlabel="step", ylabel="distance to numpy.linalg.lstsq", xlim=(0, 204), ylim=(1e-16, 10)
-    )
+    axis.set(ylabel="distance to numpy.linalg.lstsq", xlim=(0, 204), ylim=(1e-16, 10))
     axis.legend(frameon=False, loc="upper right", labelcolor="linecolor")
     axis.set_title("Least squares by descent (dashed: the textbook rate)", loc="left")
-    axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(arguments.output, dpi=120)
     print(f"\nwrote {arguments.output}")
 

@@ -194,7 +194,9 @@ def gradient_agreement(report: Report, ax: Any = None) -> Any:
     )
     ax.set_yticks(range(len(names)), names)
     ax.grid(axis="y", alpha=0.25)
-    return _finished(ax, legend=True)
+    _finished(ax)
+    ax.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    return ax
 
 
 def l_curve(path: RidgePath, ax: Any = None) -> Any:
@@ -243,6 +245,7 @@ def l_curve(path: RidgePath, ax: Any = None) -> Any:
             color=_BAD if i == marked else _QUIET,
         )
     ax.set(xlabel=r"$\|A x - b\|$", ylabel=r"$\|x - x_0\|$")
+    _short_labels(ax)
     return _finished(ax)
 
 
@@ -258,6 +261,18 @@ def _axes(ax: Any) -> Any:
             "pip install 'funclsq[plot]'."
         ) from None
     return pyplot.subplots(layout="constrained")[1]
+
+
+def _short_labels(ax: Any) -> None:
+    """Label a logarithmic axis of few decades 0.2, 0.5, 1 and not 2 x 10^-1 at every tick."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    for axis in (ax.xaxis, ax.yaxis):
+        low, high = sorted(axis.get_view_interval())
+        if high < 50 * low:
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _finished(ax: Any, *, legend: bool = False) -> Any:
