@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["copied", "extent", "finite", "largest"]
-
-_LARGE = 1 << 22  # bytes from which NumPy asks the system for large pages (five times faster)
+__all__ = ["extent", "finite", "largest"]
 
 
 def extent(t: Tensor) -> tuple[float, float]:
@@ -35,11 +32,3 @@ def largest(t: Tensor) -> float:
 def finite(t: Tensor | None) -> bool:
     """Whether no entry is NaN or Inf."""
     return t is None or math.isfinite(largest(t))
-
-
-def copied(t: Tensor) -> Tensor:
-    """Copy a plain tensor; a large one on the CPU without the page faults that dominate."""
-    t = t.detach()
-    if t.device.type != "cpu" or t.nbytes < _LARGE or t.is_conj() or t.is_neg():
-        return t.clone()
-    return torch.from_numpy(np.array(t.numpy(), copy=True))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funclsq import spare
 from funclsq.methods._protocol import Prepared
 from funclsq.operators import Operator
 
@@ -135,3 +136,4 @@ def clear() -> None:
     with _lock:
         _recent.clear()
         _index.clear()
+    spare.clear()

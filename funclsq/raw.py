@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from funclsq import kept
-from funclsq.extent import copied, extent, finite, largest
+from funclsq.extent import extent, finite, largest
 from funclsq.info import INFO, report, residual_norms, table
 from funclsq.kept import Entry, Key
 from funclsq.methods import registry
@@ -31,6 +31,7 @@ from funclsq.methods._protocol import Options
 from funclsq.operators import Operator
 from funclsq.range import column_range, exponent, extreme, power, representable, shifted, within
 from funclsq.solution import Status
+from funclsq.spare import copied
 
 __all__ = ["INFO", "NotFiniteError", "Plan", "clear_cache", "raw_solve", "solver_calls"]
 

@@ -17,9 +17,12 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
+from jax.experimental.buffer_callback import buffer_callback
 
 import funclsq as fl
 import funclsq.jax as flj
+from funclsq import raw
 from funclsq.jax import host
 
 jax.config.update("jax_enable_x64", True)
@@ -38,72 +41,102 @@ def median(f, repeats, warm=3):
     return float(np.median(times))
 
 
-def overhead(repeats=1000):
-    """Time of a jitted call beyond the torch solve inside it, small problem."""
+def overhead(repeats=600):
+    """Time of a jitted call beyond the torch solve inside it, small problem, new values each time.
+
+    The same raw solve is called from Python on torch tensors of the same data, in turns with the
+    jitted call, and with a callback of the same operands and results that does nothing.
+    """
     rng = np.random.default_rng(0)
     pattern = fl.SparsityPattern(*np.nonzero(rng.random((60, 10)) < 0.4), (60, 10))
-    v, b = jnp.asarray(rng.standard_normal(pattern.nnz)), jnp.asarray(rng.standard_normal(60))
+    data = [(rng.standard_normal(pattern.nnz), rng.standard_normal(60)) for _ in range(repeats)]
     f = jax.jit(lambda v, b: flj.lstsq(flj.Sparse(pattern, v), b))
-    inside = []
-    solve = host.raw_solve
-
-    def timed(*args):
-        start = time.perf_counter()
-        out = solve(*args)
-        inside.append(time.perf_counter() - start)
-        return out
-
-    host.raw_solve = timed
-    try:
-        for _ in range(20):
-            f(v, b).block_until_ready()
-        inside.clear()
-        total = []
-        for _ in range(repeats):
+    results = [jax.ShapeDtypeStruct(s, jnp.float64) for s in ((10, 1), (60, 1), (1, 8), ())]
+    nothing = jax.jit(
+        lambda v, b: buffer_callback(lambda *_: None, results)(v, b[:, None])[0][:, 0]
+    )
+    plan = plan_inside(f, *map(jnp.asarray, data[0]))
+    calls = {
+        "jitted call": lambda v, b: f(v, b).block_until_ready(),
+        "the torch solve alone": lambda v, b: raw.raw_solve(plan, (v,), None, None, b, None),
+        "a callback that does nothing": lambda v, b: nothing(v, b).block_until_ready(),
+        "fl.lstsq in torch": lambda v, b: fl.lstsq(fl.Sparse(pattern, v), b),
+        "flj.lstsq outside jit": lambda v, b: flj.lstsq(
+            flj.Sparse(pattern, v), b
+        ).block_until_ready(),
+    }
+    times = {name: [] for name in calls}
+    for v, b in data:
+        tensors = torch.from_numpy(v), torch.from_numpy(b)
+        for name, call in calls.items():
+            operands = tensors if "torch" in name else tuple(map(jnp.asarray, (v, b)))
+            if name == "the torch solve alone":
+                operands = tensors[0], tensors[1].unsqueeze(1)
+            raw.clear_cache()
             start = time.perf_counter()
-            f(v, b).block_until_ready()
-            total.append(time.perf_counter() - start)
+            call(*operands)
+            times[name].append(time.perf_counter() - start)
+    times = {name: 1e6 * np.array(t[20:]) for name, t in times.items()}
+    out = {f"{name}, us": float(np.median(t)) for name, t in times.items()}
+    beyond = times["jitted call"] - times["the torch solve alone"]
+    out["bridge beyond the torch solve, us"] = float(np.median(beyond))
+    low = [np.percentile(times[n], 5) for n in ("jitted call", "the torch solve alone")]
+    out["the same at the 5th percentiles, us"] = float(low[0] - low[1])
+    return out
+
+
+def plan_inside(f, *operands):
+    """The plan with which a jitted function calls the torch core."""
+    seen = []
+    solve = host.raw_solve
+    host.raw_solve = lambda plan, *rest: seen.append(plan) or solve(plan, *rest)
+    try:
+        f(*operands).block_until_ready()
     finally:
         host.raw_solve = solve
-    A = flj.Sparse(pattern, v)
-    unjitted = median(lambda: flj.lstsq(A, b).block_until_ready(), repeats // 5)
-    beyond = np.array(total) - np.array(inside)
-    return {
-        "jitted call, us": 1e6 * float(np.median(total)),
-        "torch solve inside, us": 1e6 * float(np.median(inside)),
-        "bridge beyond it, us": 1e6 * float(np.median(beyond)),
-        "call outside jit, us": 1e6 * unjitted,
-    }
+    return seen[0]
 
 
-def passes():
-    """Time that a 100 MB operand costs beyond the solve, in passes over it."""
+def passes(repeats=5):
+    """Time that a 100 MB operand costs beyond the solve, in passes over it, on new values."""
     m, n = 1_250_000, 10
     rng = np.random.default_rng(0)
     A, b = jnp.asarray(rng.standard_normal((m, n))), jnp.asarray(rng.standard_normal(m))
-    one = median(lambda: float(host.torch.from_dlpack(A).sum()), 10)
-    inside = []
-    solve = host.raw_solve
+    one = median(lambda: float(torch.from_dlpack(A).sum()), 10)
+    f = jax.jit(lambda A, b: flj.lstsq(A, b, solver="qr", rank="full"))
+    jitted, method = [], []
+    prepare = raw.registry.prepare
 
     def timed(*args):
         start = time.perf_counter()
-        out = solve(*args)
-        inside.append(time.perf_counter() - start)
-        return out
+        prepared = prepare(*args)
+        solve = prepared.solve
+        inside = [time.perf_counter() - start]
 
-    host.raw_solve = timed
+        def timed_solve(c, g):
+            start = time.perf_counter()
+            out = solve(c, g)
+            method.append(inside[0] + time.perf_counter() - start)
+            return out
+
+        prepared.solve = timed_solve
+        return prepared
+
+    raw.registry.prepare = timed
     try:
-        f = jax.jit(lambda A, b: flj.lstsq(A, b, solver="qr", rank="full"))
-        f(A, b).block_until_ready()
-        inside.clear()
-        start = time.perf_counter()
-        f(A, b).block_until_ready()
-        total = time.perf_counter() - start
+        for i in range(repeats + 1):
+            B = (A * (1.0 + i)).block_until_ready()
+            start = time.perf_counter()
+            f(B, b).block_until_ready()
+            jitted.append(time.perf_counter() - start)
     finally:
-        host.raw_solve = solve
+        raw.registry.prepare = prepare
+        raw.clear_cache()
+    beyond = np.array(jitted[1:]) - np.array(method[1:])
     return {
         "one pass, ms": 1e3 * one,
-        "bridge beyond the solve, passes": (total - inside[-1]) / one,
+        "the method itself, ms": 1e3 * float(np.median(method)),
+        "everything beyond it, passes": float(np.median(beyond)) / one,
     }
 
 

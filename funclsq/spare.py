@@ -1,0 +1,66 @@
+"""Copies of large tensors in memory that was used before.
+
+Fresh memory is handed out in pages that the system must clear one by one, which costs several
+times as much as the copy itself. So the memory of a large copy that nobody refers to any more is
+kept for the next one of its size: a few pieces, and not too much in all.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import threading
+import weakref
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["clear", "copied"]
+
+_LARGE = 1 << 22  # bytes from which it is worth it
+_PIECES = 4
+_BYTES = 1 << 28
+
+_lock = threading.RLock()  # a finalizer may run wherever memory is allocated
+_spare: collections.deque[np.ndarray] = collections.deque()
+
+
+def copied(t: Tensor) -> Tensor:
+    """Copy a plain tensor."""
+    t = t.detach()
+    if t.device.type != "cpu" or t.nbytes < _LARGE or t.is_conj() or t.is_neg():
+        return t.clone()
+    size = math.prod(t.shape) * t.element_size()
+    memory = _take(size)
+    owner = memory[:]  # torch holds this view for as long as any tensor uses the memory
+    weakref.finalize(owner, _give_back, memory).atexit = False
+    return torch.from_numpy(owner).view(t.dtype).view(t.shape).copy_(t)
+
+
+def _take(size: int) -> np.ndarray:
+    with _lock:
+        for memory in _spare:
+            if memory.nbytes == size:
+                _remove(memory)
+                return memory
+    return np.empty(size, np.uint8)
+
+
+def _remove(memory: np.ndarray) -> None:
+    rest = [m for m in _spare if m is not memory]
+    _spare.clear()
+    _spare.extend(rest)
+
+
+def _give_back(memory: np.ndarray) -> None:
+    with _lock:
+        _spare.append(memory)
+        while len(_spare) > _PIECES or sum(m.nbytes for m in _spare) > _BYTES:
+            _spare.popleft()
+
+
+def clear() -> None:
+    """Let go of all spare memory."""
+    with _lock:
+        _spare.clear()
