@@ -193,8 +193,7 @@ def _push(plan, w, d2, c, g, gate, x, ax, info, params, tangents):
             second = _plus(second, correction)
         _, au, _ = solve(plan, w, d2, None, x, deficient, params)
         v = rmatmul_dot(structure, params, params_dot, _rows(w, au))
-        z, az, _ = solve(plan, w, d2, None, v, deficient, params)
-        null_term = _null(plan, params, w, d2, v, z, az, deficient, info)
+        null_term = _null(plan, params, w, d2, v, None, None, deficient, info)
     if first is None and second is None:
         return None, None
     x_dot, ax_dot, _ = solve(plan, w, d2, first, second, gate, params)
@@ -219,25 +218,28 @@ def _image_of_inverse(plan, w, d2, v, gate, params):
 
 
 def _null(plan, params, w, d2, v, z, az, deficient, info):
-    """(I - P) v = v - A^H W A z - D2 z with z = G^+ v, zero where G is invertible.
+    """(I - P) v, zero where G is invertible; z = G^+ v and A z, or None where nobody has them.
 
-    That leaves eps cond^2 |v| of the range behind. A second projection, by S itself, which is
-    accurate to eps cond, removes it; it is made where a kept factor makes it cheap.
+    v - A^H W A z - D2 z leaves eps cond^2 |v| of the range behind, v - S(A v; D2 v) eps cond |v|,
+    for one more solve, which is cheap where a factor is kept.
     """
-    out = v - rmatmul(plan.structure, params, _rows(w, az))
-    if d2 is not None:
-        out = out - d2.unsqueeze(-1) * z
     if _factored(info):
-        damped = None if d2 is None else d2.unsqueeze(-1) * out
-        image = matmul(plan.structure, params, out)
-        out = out - solve(plan, w, d2, image, damped, deficient, params)[0]
+        image = matmul(plan.structure, params, v)
+        damped = None if d2 is None else d2.unsqueeze(-1) * v
+        out = v - solve(plan, w, d2, image, damped, deficient, params)[0]
+    else:
+        if z is None:
+            z, az, _ = solve(plan, w, d2, None, v, deficient, params)
+        out = v - rmatmul(plan.structure, params, _rows(w, az))
+        if d2 is not None:
+            out = out - d2.unsqueeze(-1) * z
     return deficient.to(out.dtype)[..., None, None] * out
 
 
 def _null_of_g(plan, w, d2, c, g, x, ax, params, deficient, info):
-    """n_g = (I - P) g; where c is present x is not G^+ g alone, and that is solved for."""
+    """n_g = (I - P) g; where c is present x is not G^+ g alone."""
     if c is not None:
-        x, ax, _ = solve(plan, w, d2, None, g, deficient, params)
+        x = ax = None
     return _null(plan, params, w, d2, g, x, ax, deficient, info)
 
 

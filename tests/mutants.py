@@ -83,12 +83,8 @@ AREAS = {
 EQUIVALENT: dict[str, str] = {
     ": 5 + len(params)": "a count of None, not algebra",
     ": (None,) * ": "a count of None, not algebra",
-    "other factor dropped: deficient.to(": "where the gate is 0, (I - P) v is 0 anyway",
     ": ax_dot + matmul(structure, params, null_term)": "A (I - P) is zero",
-    ": v - rmatmul(plan.structure, params, _rows(w, az))": "the second projection does it all",
-    "weights dropped: _rows(w, az)": "the second projection does it all",
-    ": out - d2.unsqueeze(-1) * z": "the second projection does it all",
-    ": out - solve(plan, w, d2, image": "the first projection does it to eps cond^2",
+    "other factor dropped: deficient.to(": "where the gate is 0, (I - P) v is 0 anyway",
 }
 
 

@@ -179,7 +179,7 @@ def test_a_product_has_the_gradient_that_is_asked_for(asked):
 
 
 # How many mutants of each area are run here; ``python -m tests.mutants`` runs every one.
-SAMPLES = {"derivatives": 24, "krylov": 3, "direct": 3, "structure": 3, "bridge": 2}
+SAMPLES = {"derivatives": 16, "krylov": 2, "direct": 2, "structure": 2, "bridge": 1}
 
 
 @pytest.mark.slow
@@ -190,6 +190,6 @@ def test_mutants_are_killed(area):
     command = [sys.executable, "-m", "tests.mutants", area, "--sample", str(SAMPLES[area])]
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
-        command, cwd=root, capture_output=True, text=True, timeout=600, check=False
+        command, cwd=root, capture_output=True, text=True, timeout=1800, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
