@@ -97,6 +97,43 @@ class Method(enum.IntEnum):
     foreign = 7
 
 
+class Choice(enum.IntEnum):
+    """Why ``solver="auto"`` took its method."""
+
+    asked = 0
+    matrix_free = 1
+    small = 2
+    device = 3
+    trial = 4
+    factor = 5
+    full = 6
+    null_space = 7
+    rank = 8
+
+    @property
+    def words(self) -> str:
+        """The reason in words."""
+        return _WHY[self]
+
+    def on(self, method: int) -> int:
+        """Write a method and why it was taken as one number."""
+        return int(method) + _METHODS * int(self)
+
+
+_METHODS = 16
+_WHY = {
+    Choice.asked: "it was asked for",
+    Choice.matrix_free: "A has no entries at hand, and this method needs products only",
+    Choice.small: "A is dense, or small enough to be written out",
+    Choice.device: "A is sparse on a device where no factorisation runs",
+    Choice.trial: "it converged before it had cost as much as a factorisation",
+    Choice.factor: "an iterative method would cost more than a factorisation",
+    Choice.full: "a factor would be dense and too large",
+    Choice.null_space: "A has too many dependent columns for a sparse factorisation",
+    Choice.rank: "a rank was given, which needs an orthogonal factorisation",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Solution:
     """A solution of min ||W^(1/2)(A x - b)||^2 + damp^2 ||x - x0||^2 and how it was reached.
@@ -121,9 +158,9 @@ class Solution:
     cond : real array, shape as ``status``
         2-norm condition number (on the rank) or its estimate; NaN where it is not known.
     method : int array, shape as ``status``
-        The :class:`Method` that produced x.
+        What produced x and why it was chosen, as a number; ``solver`` and ``why`` read it.
     reason : str
-        Why this solver was chosen.
+        The solver that was asked for.
     """
 
     x: Tensor
@@ -148,7 +185,13 @@ class Solution:
     def solver(self) -> str:
         """Name of the solver that was used (the first member's, in a batch)."""
         codes = self.method.reshape(-1)
-        return Method(int(codes[0])).name if len(codes) else ""
+        return Method(int(codes[0]) % _METHODS).name if len(codes) else ""
+
+    @property
+    def why(self) -> str:
+        """Why that solver was used (for the first member, in a batch)."""
+        codes = self.method.reshape(-1)
+        return Choice(int(codes[0]) // _METHODS).words if len(codes) else ""
 
     @property
     def message(self) -> str:

@@ -55,8 +55,8 @@ def _sizes(A, k=None, seed=1):
     ("A", "damp", "k", "chosen"),
     [
         (_random(4000, 400, 6), 0.0, None, "lsmr"),  # well-conditioned: a few iterations do
-        (_random(4000, 400, 6), 0.0, 4, "lsmr"),
-        (_random(4000, 400, 6), 0.0, 64, "cholesky"),  # many right-hand sides share a factor
+        (_random(8000, 800, 6, seed=5), 0.0, 2, "lsmr"),
+        (_random(4000, 400, 6, seed=6), 0.0, 64, "cholesky"),  # many right-hand sides share a factor
         (_grid(60), 0.01, None, "cholesky"),  # thousands of iterations, a thin factor
         (_chain(3000), 0.01, None, "cholesky"),
         (_random(100, 40, 5), 0.0, None, "qr"),  # small enough to be written out
@@ -67,6 +67,12 @@ def test_the_method_suits_the_matrix(A, damp, k, chosen):
     b = _sizes(A, k)
     sol = fl.solve(A, b, damp=damp)
     assert sol.solver == chosen
+    assert sol.why == {
+        "lsmr": "it converged before it had cost as much as a factorisation",
+        "cholesky": "an iterative method would cost more than a factorisation",
+        "qr": "A is dense, or small enough to be written out",
+    }.get(chosen)
+    assert fl.solve(A, b, damp=damp, solver=chosen).why == "it was asked for"
     assert bool(sol.converged.all())
     want = fl.lstsq(A, b, damp=damp, solver="cholesky")
     assert float((sol.x - want).norm()) <= 1e-11 * float(want.norm())
@@ -99,8 +105,12 @@ def test_many_columns_are_not_iterated_on_because_one_was():
     assert fl.solve(A, _sizes(A, 64)).solver == "cholesky"
 
 
+def _places(A):
+    return np.repeat(np.arange(A.shape[0]), np.diff(A.indptr)), A.indices
+
+
 def _op(A):
-    S = fl.SparsityPattern(np.repeat(np.arange(A.shape[0]), np.diff(A.indptr)), A.indices, A.shape)
+    S = fl.SparsityPattern(*_places(A), A.shape)
     return SparseOp(S, torch.from_numpy(A.data))
 
 
@@ -112,6 +122,25 @@ def test_a_probe_cut_short_leaves_the_rank_to_the_factor(monkeypatch):
     assert sol.solver == "cholesky"
     assert int(sol.rank) == 3600
     np.testing.assert_allclose(sol.x.numpy(), 1.0, rtol=1e-10)
+
+
+def test_why_for_what_is_not_sparse_on_the_cpu():
+    A = fl.LinearOperator(lambda p, v: p[0] @ v, (6, 3), (torch.eye(6, 3, dtype=torch.float64),))
+    sol = fl.solve(A, torch.ones(6, dtype=torch.float64))
+    assert (sol.solver, sol.why.split(",")[0]) == ("lsmr", "A has no entries at hand")
+    sparse = _grid(30)
+    sol = fl.solve(sparse, _sizes(sparse), rank=2)
+    assert sol.why == "a rank was given, which needs an orthogonal factorisation"
+
+
+def test_why_under_vmap():
+    A = _random(4000, 400, 6, seed=11)
+    S = fl.SparsityPattern(*_places(A), A.shape)
+    values = torch.from_numpy(A.data)
+    sol = torch.func.vmap(lambda b: fl.solve(fl.Sparse(S, values), b))(_sizes(A, 2).T)
+    assert sol.x.shape == (2, 400)
+    assert sol.method.shape == (2,)
+    assert sol.why == "an iterative method would cost more than a factorisation"
 
 
 class Known:

@@ -31,7 +31,7 @@ from funclsq.methods.cholesky import prepare as prepare_cholesky
 from funclsq.methods.lsmr import prepare as prepare_lsmr
 from funclsq.methods.qr import prepare as prepare_qr
 from funclsq.operators import DenseOp, Operator, SparseOp
-from funclsq.solution import Status
+from funclsq.solution import Choice, Status
 
 __all__ = ["PreparedAuto", "prepare"]
 
@@ -49,12 +49,20 @@ LARGE_GRAM = 8192
 def prepare(op: Operator, damp: Tensor | None, options: Options, full_rank: bool) -> Prepared:
     """Choose what can be chosen before a right-hand side is seen."""
     if isinstance(op, DenseOp) or (isinstance(op, SparseOp) and _small(op, damp)):
-        return prepare_qr(op, damp, options, full_rank)
+        return _because(Choice.small, prepare_qr(op, damp, options, full_rank))
     if isinstance(options.rank, int) and options.rank < min(op.shape):
-        return prepare_qr(op, damp, options, full_rank)
-    if not isinstance(op, SparseOp) or op.device.type != "cpu":
-        return prepare_lsmr(op, damp, options, full_rank)
+        return _because(Choice.rank, prepare_qr(op, damp, options, full_rank))
+    if not isinstance(op, SparseOp):
+        return _because(Choice.matrix_free, prepare_lsmr(op, damp, options, full_rank))
+    if op.device.type != "cpu":
+        return _because(Choice.device, prepare_lsmr(op, damp, options, full_rank))
     return PreparedAuto(op, damp, options, full_rank)
+
+
+def _because(choice: Choice, prepared: Any) -> Prepared:
+    """Note why this method was taken."""
+    prepared.method = choice.on(prepared.method)
+    return prepared
 
 
 def _small(op: SparseOp, damp: Tensor | None) -> bool:
@@ -87,9 +95,9 @@ class PreparedAuto:
         arguments = (self._op, self._damp, self._options, self._full_rank)
         _, density = predict(self._op.pattern)
         if density > DENSE_GRAM and min(self._op.shape) > LARGE_GRAM:
-            return prepare_lsmr(*arguments)
+            return _because(Choice.full, prepare_lsmr(*arguments))
         try:
-            return prepare_cholesky(*arguments)
+            return _because(Choice.factor, prepare_cholesky(*arguments))
         except NeedsDense:
             return self._dense()
 
@@ -97,8 +105,8 @@ class PreparedAuto:
         arguments = (self._op, self._damp, self._options, self._full_rank)
         m, n = self._op.shape
         if m * n * (self._op.batch or 1) <= WRITABLE_ENTRIES:
-            return prepare_qr(*arguments)
-        return prepare_lsmr(*arguments)
+            return _because(Choice.null_space, prepare_qr(*arguments))
+        return _because(Choice.null_space, prepare_lsmr(*arguments))
 
     def solve(self, c: Tensor | None, g: Tensor | None) -> Raw:
         """Apply x = G^+ (B^H c + g) by the method chosen; choose it first."""
@@ -160,7 +168,7 @@ class PreparedAuto:
                     return None
             elif trial.cond is None:
                 trial.cond = supposed.cond
-        self._chosen = trial.with_options(self._options)
+        self._chosen = _because(Choice.trial, trial.with_options(self._options))
         self._steps = int(raw.iterations.max())
         return raw
 
