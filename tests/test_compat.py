@@ -225,17 +225,32 @@ def test_rank_deficient():
 
 
 def test_double_backward():
-    A, b = example(), torch.randn(5, dtype=F64)
+    b = torch.randn(5, dtype=F64, requires_grad=True)
 
     def f(values, b):
         return sparse_generic_lstsq(coo(INDEX, values, (5, 3)), b)
 
-    values = torch.rand(8, dtype=F64) + 0.5
-    del A
-    values.requires_grad_()
-    b.requires_grad_()
+    values = (torch.rand(8, dtype=F64) + 0.5).requires_grad_()
     assert torch.autograd.gradcheck(f, (values, b))
     assert torch.autograd.gradgradcheck(f, (values, b))
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_second_derivative_in_the_sparse_tensor_itself(layout):
+    """On the tensor: in values from which torch.sparse_coo_tensor made it, torch loses it."""
+    A, b = scattered(7, 3), torch.randn(7, dtype=F64)
+    x_bar, V = torch.randn(3, dtype=F64), torch.randn(7, 3, dtype=F64) * (A != 0)
+
+    def second(A, b, solve):
+        (A_bar,) = torch.autograd.grad(solve(A, b) @ x_bar, A, create_graph=True)
+        dense = A_bar if A_bar.layout == torch.strided else A_bar.to_dense()
+        return torch.autograd.grad((dense * V).sum(), (A, b))
+
+    right = b.requires_grad_()
+    got = second(A.to_sparse(layout=layout).requires_grad_(), right, sparse_generic_lstsq)
+    want = second(A.clone().requires_grad_(), right, lambda A, b: torch.linalg.pinv(A) @ b)
+    torch.testing.assert_close(got[0].to_dense(), want[0] * (A != 0), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got[1], want[1], rtol=1e-9, atol=1e-9)
 
 
 def test_repeated_entries_are_summed_each_with_its_gradient():
@@ -349,6 +364,43 @@ def test_ours_right_where_theirs_is_silently_wrong(theirs):
     for solve, good in ((theirs.sparse_generic_lstsq, False), (sparse_generic_lstsq, True)):
         error = torch.linalg.norm(solve(graded, B) - exact) / torch.linalg.norm(exact)
         assert bool(error < 1e-8) == good
+
+
+def test_ours_right_on_deficient_matrices_where_theirs_is_silently_wrong(theirs):
+    column = torch.randn(6, 1, dtype=F64)
+    A = torch.cat([column, 2 * column, torch.randn(6, 1, dtype=F64)], 1)
+    B, X_bar = torch.randn(6, dtype=F64), torch.randn(3, dtype=F64)
+    D = A @ torch.randn(3, 3, dtype=F64) + torch.randn(6, 6, dtype=F64) @ A  # keeps the rank
+    h = 1e-6
+    ahead, behind = (torch.linalg.pinv(A + t * D, rtol=1e-9) @ B @ X_bar for t in (h, -h))
+    want = float(ahead - behind) / (2 * h)
+    errors = []
+    for solve in (theirs.sparse_generic_lstsq, sparse_generic_lstsq):
+        X, A_bar, _ = gradients(solve, A.to_sparse_coo(), B, X_bar)
+        torch.testing.assert_close(X, torch.linalg.pinv(A) @ B, rtol=1e-4, atol=1e-4)
+        errors.append(abs(float((A_bar * D).sum()) - want) / abs(want))
+    assert errors[0] > 1e-2
+    assert errors[1] < 1e-6
+
+
+def test_ours_keeps_a_gradient_penalty_that_theirs_silently_loses(theirs):
+    b = torch.randn(5, dtype=F64)
+
+    def slope_of_loss(solve):
+        """Of ||d sum(x) / d b||^2 + ||A||^2, a penalty beside weight decay, in A's entries."""
+        values = example(F64).values().clone().requires_grad_()
+        right = b.clone().requires_grad_()
+        A = coo(example(F64).indices(), values, (5, 3)).coalesce()
+        (g,) = torch.autograd.grad(solve(A, right).sum(), right, create_graph=True)
+        return torch.autograd.grad((g**2).sum() + (values**2).sum(), values)[0]
+
+    def by_pinv(A, b):
+        return torch.linalg.pinv(A.to_dense()) @ b
+
+    want, decay = slope_of_loss(by_pinv), 2 * example(F64).values()
+    torch.testing.assert_close(slope_of_loss(sparse_generic_lstsq), want, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(slope_of_loss(theirs.sparse_generic_lstsq), decay)
+    assert torch.linalg.norm(want - decay) > 0.1 * torch.linalg.norm(want)
 
 
 def test_ours_works_where_theirs_raises(theirs):
