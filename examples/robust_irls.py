@@ -87,6 +87,7 @@ def main() -> None:
         print(f"{name:16}" + "".join(f"{v:9.4f}" for v in x.tolist()))
 
     figure, axes = plt.subplots(1, 3, figsize=(12.4, 4), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.08)
     limit = float(max(p.abs().max() for p in pulls.values()))
     for axis, (name, x) in zip(axes, fits.items()):
         dots = axis.scatter(
