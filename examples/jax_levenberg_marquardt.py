@@ -29,7 +29,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 jax.config.update("jax_enable_x64", True)
-
 SIDE, ANCHORS = (14, 8), 8
 rng = np.random.default_rng(4)
 grid = np.stack(np.meshgrid(np.arange(SIDE[0]), np.arange(SIDE[1]), indexing="ij"), -1)

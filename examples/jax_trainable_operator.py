@@ -30,7 +30,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 jax.config.update("jax_enable_x64", True)
-
 M, N, WIDTH, PAIRS, STEPS = 90, 60, 7, 64, 500
 rng = np.random.default_rng(1)
 
