@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from funclsq.methods._extended_cg import ExtendedCg
 from funclsq.methods._golub_kahan import Inverse
 from funclsq.methods._iterate import Report, Run, Targets, iterate
 from funclsq.range import safe_norm
@@ -121,8 +122,12 @@ def solve_verified(
         xlimit=settings.eps**-0.5 if settings.inverse is None else 0.0,
         reduction=0.0 if settings.inverse is None else _REDUCTION,
         consistent=g is None,
-        bounded=g is None and not settings.definite,
+        # With a preconditioner ||A|| is that of another norm, and so no measure of ||A|| ||x||.
+        bounded=g is None and not settings.definite and settings.inverse is None,
     )
+    # CG with a preconditioner blows the rounding of A^H r up where r stays large. Its corrections
+    # are sought from s itself: then r belongs to the correction, and is small.
+    from_s = g is not None or (settings.inverse is not None and method is ExtendedCg)
     run = iterate(
         method, op, c, targets, settings.maxiter, _reporter(settings, 0), **_extra(settings, g)
     )
@@ -142,13 +147,14 @@ def solve_verified(
             xnorm=np.where(grown, 0.0, norms(answer.x)),
             rnorm=np.where(grown, 0.0, norms(answer.r)),
         )
+        goals = dataclasses.replace(targets, consistent=not from_s)
         redo, on = _mask(grown, c), _mask(pending, c)
-        if g is None:
+        if not from_s:
             rhs, extra = torch.where(on, torch.where(redo, c, answer.r), 0), _extra(settings, None)
         else:
             rhs, extra = torch.zeros_like(c), _extra(settings, torch.where(on, s, 0))
         report = _reporter(settings, used)
-        run = iterate(method, op, rhs, targets, settings.maxiter - used, report, **extra)
+        run = iterate(method, op, rhs, goals, settings.maxiter - used, report, **extra)
         run.x = torch.where(on, run.x, 0).add_(torch.where(redo, 0, answer.x))
         trial, s_trial = _answer(op, c, g, run)
         before, after = norms(s), norms(s_trial)
