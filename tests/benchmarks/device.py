@@ -1,0 +1,158 @@
+"""The solves on a GPU: ``python -m tests.benchmarks.device [--device cuda] [--quick]``.
+
+Numbers lie on the device before the clock starts, and the device is waited for before it stops.
+The roofline is that of a triad on the same device. CuPy's lsmr is a peer where it is installed.
+With ``--device cpu`` the same work runs on the CPU, which is how it is tested.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+import funclsq as fl
+from tests.benchmarks.problems import PROBLEMS, Absent, Data, Problem, random_rows, reference
+from tests.benchmarks.suite import error
+from tests.benchmarks.tables import duration, table
+
+FULL = ("random", "random-8", "random-64", "one-hot", "terrain", "tomography", "insteval")
+
+
+def clock(device: str, work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    """Seconds that a call takes with what it started on the device, and what it returns."""
+    wait(device)
+    start = time.perf_counter()
+    out = work(*arguments)
+    wait(device)
+    return time.perf_counter() - start, out
+
+
+def wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def bandwidth(device: str) -> float:
+    """Bytes per second of a triad on 3 x 256 MB (3 x 64 MB on the CPU)."""
+    size = 32_000_000 if device.startswith("cuda") else 8_000_000
+    b, c = (torch.rand(size, dtype=torch.float64, device=device) for _ in range(2))
+    a = torch.empty_like(b)
+    each = [clock(device, lambda: torch.add(b, c, alpha=1.5, out=a))[0] for _ in range(9)]
+    return 3 * size * 8 / min(each)
+
+
+def iterations(device: str, sizes: tuple[int, ...], speed: float) -> list[list[str]]:
+    """An LSMR iteration against its bytes over the bandwidth."""
+    lines = []
+    for nnz in sizes:
+        A = random_rows(nnz // 10, nnz // 15, 10, spread=0.0)
+        m, n = A.shape
+        S = fl.SparsityPattern(Problem("", A).row, A.indices, A.shape)
+        values = torch.from_numpy(A.data).to(device)
+        b = torch.rand(m, dtype=torch.float64, device=device)
+        each = []
+        for repetition in range(6):
+            took = {}
+            for count in (10, 60):
+                scaled = fl.Sparse(S, values * (1 + 0.01 * repetition + 0.001 * count))
+                options: dict[str, Any] = {"maxiter": count, "atol": 0.0, "btol": 0.0}
+                options |= {"solver": "lsmr", "rank": "full", "on_failure": "ignore"}
+                took[count] = clock(device, functools.partial(fl.lstsq, scaled, b, **options))[0]
+            each.append((took[60] - took[10]) / 50)
+        middle = statistics.median(each[1:])
+        floor = (A.nnz * 24 + (m + n) * 4 + 8 * (8 * m + 17 * n)) / speed
+        lines.append([str(A.nnz), duration(middle), duration(floor), f"{middle / floor:.2f}"])
+    return lines
+
+
+def solves(device: str, names: tuple[str, ...], repetitions: int) -> list[list[str]]:
+    """x, and x with its gradient, of this library and of CuPy."""
+    lines = []
+    for name in names:
+        try:
+            problem = PROBLEMS[name]()
+            data = problem.draw(0)
+            exact = reference(problem, data)
+        except (Absent, ArithmeticError):
+            continue
+        for title, gradient, run in contestants(problem, device):
+            gap = error(run(moved(data, device)), exact)
+            each = []
+            for repetition in range(repetitions):
+                new = moved(problem.draw(1 + repetition), device)
+                each.append(clock(device, run, new)[0])
+            work = "x and gradient" if gradient else "x"
+            lines.append([name, title, work, duration(statistics.median(each)), f"{gap:.0e}"])
+    return lines
+
+
+def moved(data: Data, device: str) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.from_numpy(a).to(device) for a in (data.values, data.b, data.x_bar))
+
+
+def contestants(problem: Problem, device: str) -> list[tuple[str, bool, Callable[..., Any]]]:
+    S = fl.SparsityPattern(problem.row, problem.A.indices, problem.A.shape)
+
+    def ours(gradient: bool) -> Callable[..., Any]:
+        def run(data: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+            values, b, x_bar = data
+            values, b = (t.clone().requires_grad_(gradient) for t in (values, b))
+            x = fl.lstsq(fl.Sparse(S, values), b, damp=problem.damp, rank="full")
+            if not gradient:
+                return (x.cpu(),)
+            pulled = torch.autograd.grad(x, (values, b), x_bar)
+            return tuple(t.detach().cpu() for t in (x, *pulled))
+
+        return run
+
+    found = [("funclsq", False, ours(False)), ("funclsq", True, ours(True))]
+    try:
+        import cupy
+        import cupyx.scipy.sparse as csp
+        from cupyx.scipy.sparse.linalg import lsmr
+    except ImportError:
+        return found
+    indptr, indices = cupy.asarray(problem.A.indptr), cupy.asarray(problem.A.indices)
+
+    def theirs(data: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+        values, b, _ = data
+        A = csp.csr_matrix((cupy.from_dlpack(values), indices, indptr), shape=problem.A.shape)
+        columns = cupy.from_dlpack(b).reshape(b.shape[0], -1)
+        options = {"damp": problem.damp, "atol": 1e-12, "btol": 1e-12, "maxiter": 20_000}
+        x = [lsmr(A, columns[:, j], **options)[0] for j in range(columns.shape[1])]
+        return (np.stack([cupy.asnumpy(c) for c in x], 1).reshape(-1, *b.shape[1:]),)
+
+    return [*found, ("CuPy lsmr", False, theirs)]
+
+
+def main() -> None:
+    """Print three tables."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.device", description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--repetitions", type=int, default=5)
+    a = parser.parse_args()
+    if a.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("no CUDA device is at hand; --device cpu runs the same work on the CPU")
+    warnings.filterwarnings("ignore", category=fl.FunclsqWarning)  # the error column says it
+    speed = bandwidth(a.device)
+    name = torch.cuda.get_device_name(a.device) if a.device.startswith("cuda") else "CPU"
+    print(f"{name}, torch {torch.__version__}: {speed / 1e9:.0f} GB/s in a triad\n")
+    sizes = (100_000, 1_000_000) if a.quick else (100_000, 1_000_000, 10_000_000)
+    lines = iterations(a.device, sizes, speed)
+    print(table(["entries", "an LSMR iteration", "bandwidth floor", "ratio"], lines))
+    problems = FULL[:1] if a.quick else FULL
+    lines = solves(a.device, problems, a.repetitions)
+    print(table(["problem", "", "work", "time", "error"], lines))
+
+
+if __name__ == "__main__":
+    main()
