@@ -54,6 +54,21 @@ def test_large_numbers_beside_a_row_without_weight(seed):
     assert error < 1e-2 * size  # cond 1e12
 
 
+@pytest.mark.parametrize("size", [1.0, 1e100])
+def test_a_numerically_singular_normal_matrix_is_not_taken_for_a_regular_one(size):
+    """One complex row and damping that is nothing beside it; LU does not mind such a matrix."""
+    entries = [-0.875 - 0.25j, -0.6875 + 1j, -1.125 - 0.3125j, -1.0625 - 1.25j, 1.125 - 0.625j]
+    values = torch.tensor(entries, dtype=torch.complex128) * size
+    S = fl.SparsityPattern([0] * 5, [0, 4, 7, 12, 14], (1, 17))
+    damp = torch.tensor(1e-300 * size, dtype=F64)
+    b = torch.tensor([size], dtype=torch.complex128)
+    sol = fl.solve(fl.Sparse(S, values), b, damp=damp, solver="cholesky")
+    unit = values / size
+    want = unit.conj() / torch.linalg.vector_norm(unit) ** 2
+    torch.testing.assert_close(sol.x[[0, 4, 7, 12, 14]], want)
+    assert float(sol.residual_norm) < 1e-14 * size
+
+
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
 @pytest.mark.parametrize("solver", ["auto", "qr", "svd", "cholesky"])
 def test_one_member_that_is_not_finite_spoils_no_other(solver, shape):

@@ -60,6 +60,8 @@ class Core:
             self.normal.factor()
         except NotPositive:
             return False
+        if not self.normal.positive():  # numerically singular, and a backend may not mind
+            return False
         bottom = smallest(self.normal)
         self.cond = torch.where(self.top > 0, self.top / bottom, 1.0)
         return bool((self.cond < min(EASY, 1 / (MARGIN * max(rcond, 1e-300)))).all())

@@ -124,12 +124,16 @@ class Normal:
         if self._rows is not None:
             self._border = Border(self._rows, self._solve_factored, shift > 0)
 
+    def positive(self) -> bool:
+        """Whether every pivot of the factor came out positive."""
+        return self._factor.positive()
+
     def factor_shifted(self, shift: float) -> None:
         """Factor N + shift I, the shift raised until every pivot is positive."""
         for _ in range(_SHIFTS):
             try:
                 self.factor(shift)
-                if self._factor.positive():
+                if self.positive():
                     return
             except NotPositive:
                 pass
