@@ -71,7 +71,7 @@ def _deficient(dtype, layout="sparse", solver="svd", damp=0.0):
 def _cases():
     """Functions, their arguments, and whether second derivatives are judged too."""
     yield *_deficient(COMPLEX, "dense", "lsmr", 0.7), False
-    yield *_deficient(COMPLEX, "dense", "qr"), False
+    yield *_deficient(COMPLEX, "dense", "qr", 0.7), False
     yield *_deficient(COMPLEX), True
     yield *_sparse(COMPLEX, 6, 3), True
 
