@@ -14,10 +14,10 @@ from funclsq.solution import Method, Solution, Status
 from funclsq.sparse import Sparse
 
 if TYPE_CHECKING:
-    from funclsq import compat, nn, preconditioners, validate
+    from funclsq import compat, nn, plot, preconditioners, ridge, validate
 
 __version__ = "0.1.0"
-__getattr__ = submodules(__name__, ("compat", "nn", "preconditioners", "validate"))
+__getattr__ = submodules(__name__, ("compat", "nn", "plot", "preconditioners", "ridge", "validate"))
 
 __all__ = [
     "ConvergenceError",
@@ -38,7 +38,9 @@ __all__ = [
     "linear_regression",
     "lstsq",
     "nn",
+    "plot",
     "preconditioners",
+    "ridge",
     "solve",
     "solvers",
     "validate",

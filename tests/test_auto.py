@@ -56,7 +56,7 @@ def _sizes(A, k=None, seed=1):
     [
         (_random(4000, 400, 6), 0.0, None, "lsmr"),  # well-conditioned: a few iterations do
         (_random(8000, 800, 6, seed=5), 0.0, 2, "lsmr"),
-        (_random(4000, 400, 6, seed=6), 0.0, 64, "cholesky"),  # many right-hand sides share a factor
+        (_random(4000, 400, 6, seed=6), 0.0, 64, "cholesky"),  # many share a factor
         (_grid(60), 0.01, None, "cholesky"),  # thousands of iterations, a thin factor
         (_chain(3000), 0.01, None, "cholesky"),
         (_random(100, 40, 5), 0.0, None, "qr"),  # small enough to be written out
