@@ -343,6 +343,23 @@ def test_the_rank_is_found_with_it_too(name):
     assert FEWER[name] * int(fast.iterations) < int(plain.iterations)
 
 
+@KRYLOV
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-7, 1e-10, None])
+@EACH
+def test_converges_to_any_tolerance(name, tolerance, solver):
+    """Entries of one sign: ||A|| is far above the norms of its columns, and of A N^(-1/2)."""
+    rng = np.random.default_rng(3)
+    A = sp.random_array((500, 240), density=0.2, rng=rng) + 3 * sp.eye_array(500, 240)
+    A = A @ sp.diags_array([np.ones(240), np.ones(239)], offsets=[0, 1])
+    b = torch.from_numpy(rng.standard_normal((500, 2)))
+    P = block_diagonal(A, 16) if name == "block_diagonal" else getattr(preconditioners, name)(A)
+    options = {"solver": solver, "rank": "full", "atol": tolerance, "btol": tolerance}
+    sol = fl.solve(A, b, preconditioner=P, **options)  # a warning would be an error
+    assert bool(sol.converged.all())
+    exact = fl.lstsq(A, b, solver="cholesky")
+    assert float((sol.x - exact).norm()) < max(1e4 * (tolerance or 0), 1e-10) * float(exact.norm())
+
+
 @EACH
 def test_the_same_gradient(name):
     A, damp, make = hard(name)

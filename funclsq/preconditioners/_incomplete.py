@@ -47,8 +47,9 @@ def incomplete(
 ) -> Preconditioner:
     """N = L D L^H near A^H W A + D^2, an incomplete Cholesky factorisation by threshold.
 
-    For large sparse A whose complete factor takes too much memory or time (grids in three
-    dimensions, above all), and where neither scaling nor blocks suffice.
+    For large sparse A whose complete factor takes too much memory, and where neither scaling nor
+    blocks suffice. (On a grid of 30^3 it held a fifth of the complete factor, and a fifteenth with
+    ``drop=0.1``.) Where the complete factor fits, that is quicker.
 
     Parameters
     ----------
