@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 
 import funclsq as fl
@@ -92,3 +93,39 @@ def test_a_matrix_that_divide_and_conquer_gives_up_on(dtype, monkeypatch):
     U, s, Vh = thin_svd(A)
     torch.testing.assert_close((U * s.unsqueeze(-2)) @ Vh, A)
     assert s.shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("damp", [0.0, 0.1])
+@pytest.mark.parametrize("seed", range(3))
+def test_complex_sparse_normal_matrices_are_factored_and_not_their_conjugates(seed, damp):
+    """With the factor of conj(N), refinement fails or takes ten steps in place of one."""
+    rng = np.random.default_rng(seed)
+    A = scipy.sparse.random_array((400, 200), density=0.01, rng=rng, format="coo")
+    A.data = rng.standard_normal(A.nnz) + 1j * rng.standard_normal(A.nnz)
+    b = torch.from_numpy(rng.standard_normal(400) + 1j * rng.standard_normal(400))
+    sol = fl.solve(A, b, damp=damp, solver="cholesky")
+    assert sol.status.item() == fl.Status.DIRECT
+    assert sol.iterations.item() <= 2
+    x = sol.x.numpy()
+    s = A.conj().T @ (b.numpy() - A @ x) - damp**2 * x
+    assert np.linalg.norm(s) < 1e-12
+
+
+@pytest.mark.parametrize("size", [1.0, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7])
+@pytest.mark.parametrize("damp", [1e-12, 1e-13, 1e-14, 1e-15, 1e-16])
+@pytest.mark.parametrize("dtype", [F64, torch.complex128])
+def test_damping_near_the_rank_tolerance(dtype, damp, size):
+    """Sixteen singular values equal to damp: right, or said to be inaccurate."""
+    entries = [-0.875 - 0.25j, -0.6875 + 1j, -1.125 - 0.3125j, -1.0625 - 1.25j, 1.125 - 0.625j]
+    values = torch.tensor(entries, dtype=torch.complex128) * size
+    values = values if dtype.is_complex else values.real.contiguous()
+    S = fl.SparsityPattern([0] * 5, [0, 4, 7, 12, 14], (1, 17))
+    b = torch.tensor([size], dtype=dtype)
+    sol = fl.solve(fl.Sparse(S, values), b, damp=damp, solver="cholesky", on_failure="ignore")
+    assert sol.status.item() in (fl.Status.DIRECT, fl.Status.INACCURATE)
+    bound = 1e-14 if sol.status.item() == fl.Status.DIRECT else 1e-6
+    a, x = values.numpy(), sol.x.numpy()
+    r = b.numpy() - a @ x[[0, 4, 7, 12, 14]]
+    s = -(damp**2) * x
+    s[[0, 4, 7, 12, 14]] += a.conj() * r
+    assert np.linalg.norm(s) <= bound * np.linalg.norm(a) * abs(b.numpy()[0])

@@ -120,7 +120,9 @@ class Normal:
             values[..., self._gram.diagonal] += shift
         chosen = backend(self._name, values.dtype.name)
         symbolic = analysis(self._gram, chosen, self.batch)
-        self._factor = symbolic.factor(values.reshape(-1))
+        # by rows here and by columns there, and the columns of N are its rows conjugated
+        data = values.conj() if np.iscomplexobj(values) else values
+        self._factor = symbolic.factor(data.reshape(-1))
         if self._rows is not None:
             self._border = Border(self._rows, self._solve_factored, shift > 0)
 
