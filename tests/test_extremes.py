@@ -129,3 +129,19 @@ def test_damping_near_the_rank_tolerance(dtype, damp, size):
     s = -(damp**2) * x
     s[[0, 4, 7, 12, 14]] += a.conj() * r
     assert np.linalg.norm(s) <= bound * np.linalg.norm(a) * abs(b.numpy()[0])
+
+
+def test_a_row_far_below_the_others_does_not_spoil_the_null_space():
+    """LAPACK's QR made NaN of the images of null vectors, subnormal beside the rounding."""
+    A = torch.tensor(
+        [[-0.21484375 - 0.24609375j, -0.125 - 0.0859375j, -0.0078125 - 0.46875j],
+         [0.0, 0.0, 0.0],
+         [-1.6796875e299 - 9.375e299j, -1.8359375e299 - 4.0234375e299j,
+          6.8359375e299 - 1.18359375e300j]], dtype=torch.complex128,
+    )  # fmt: skip
+    b = torch.tensor([-0.625 - 0.375j, -0.125 + 1.0625j, -0.9375 + 1.0625j], dtype=A.dtype)
+    sol = fl.solve(A, b, solver="cholesky")
+    assert int(sol.rank) == 1
+    row = (A[2] / 1e300).numpy()
+    want = row.conj() / np.vdot(row, row).real * b[2].numpy()
+    np.testing.assert_allclose(sol.x.numpy() * 1e300, want, rtol=1e-13)

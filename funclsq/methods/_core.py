@@ -13,7 +13,7 @@ from torch import Tensor
 
 from funclsq.backends import NotPositive
 from funclsq.methods._normal import Normal
-from funclsq.methods._nullspace import Small, largest, small_directions, smallest
+from funclsq.methods._nullspace import Small, largest, qr, small_directions, smallest
 from funclsq.methods._refine import refine, refine_image
 from funclsq.operators import Operator
 from funclsq.solution import Status
@@ -149,5 +149,5 @@ class Core:
 
 def _orthonormal(V: Tensor, keep: Tensor) -> Tensor:
     """Orthonormalise the leading columns marked in ``keep``; the others are zero."""
-    Q = torch.linalg.qr(V)[0]
+    Q = qr(V)[0]
     return torch.where(keep.unsqueeze(-2), Q, 0)

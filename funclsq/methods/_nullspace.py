@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Small", "largest", "small_directions", "smallest"]
+__all__ = ["Small", "largest", "qr", "small_directions", "smallest"]
 
 _FIRST = 8  # directions sought at least
 _STEPS = 12  # iterations at most with one block
@@ -75,12 +75,12 @@ def small_directions(normal, limit: Tensor, floor: Tensor, most: int) -> Small:
     count = normal.shift * (signs.conj() * V).sum((-2, -1)).real.max() / max(1, V.shape[-1])
     p = min(most, int(1.2 * count + 3 * count.clamp(min=0) ** 0.5) + _FIRST)
     extra = normal.solve(_random(normal, p - V.shape[-1], seed=3))
-    V = torch.linalg.qr(torch.cat((V, extra), -1))[0]
+    V = qr(torch.cat((V, extra), -1))[0]
     while True:
         sigma = torch.full_like(limit, torch.inf).unsqueeze(-1)
         for _ in range(_STEPS):
             before = sigma
-            V = torch.linalg.qr(V - normal.solve(B.rmv(B.mv(V))))[0]
+            V = qr(V - normal.solve(B.rmv(B.mv(V))))[0]
             V, sigma = _ritz(B, V)
             moved = (before - sigma).abs() > 0.1 * sigma + floor.unsqueeze(-1)
             if not bool((moved & (sigma <= limit.unsqueeze(-1))).any()):
@@ -93,7 +93,7 @@ def small_directions(normal, limit: Tensor, floor: Tensor, most: int) -> Small:
             V, sigma = _ritz(B, torch.eye(p, dtype=V.dtype).expand(*V.shape[:-1], p))
             break
         extra = normal.solve(_random(normal, grown - p, seed=3 + grown))
-        V = torch.linalg.qr(torch.cat((V, extra), -1))[0]
+        V = qr(torch.cat((V, extra), -1))[0]
         p = grown
     low = sigma <= limit.unsqueeze(-1)
     keep = int(low.sum(-1).max()) if p else 0
@@ -101,9 +101,25 @@ def small_directions(normal, limit: Tensor, floor: Tensor, most: int) -> Small:
     return Small(V[..., :keep], sigma[..., :keep], after, keep < p or p == normal.n)
 
 
+def qr(V: Tensor, mode: str = "reduced") -> tuple[Tensor, Tensor]:
+    """QR of a block of vectors, or of their images under B, as torch gives it.
+
+    LAPACK's reflections make NaN of subnormal numbers. B has columns of norm about one, so that
+    no image is right to better than eps, and an entry of eps^3 is as good as zero; of vectors
+    longer than one, the entries are judged beside the largest.
+    """
+    Q, R = torch.linalg.qr(V, mode=mode)
+    if not bool(torch.isfinite(R).all() & torch.isfinite(Q).all()):
+        size = V.abs()
+        top = size.flatten(-2).amax(-1).clamp(min=1)[..., None, None]
+        floor = torch.finfo(V.dtype).eps ** 3 * top
+        Q, R = torch.linalg.qr(torch.where(size < floor, 0, V), mode=mode)
+    return Q, R
+
+
 def _ritz(B, V: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate V to Ritz vectors of B, singular values ascending."""
-    R = torch.linalg.qr(B.mv(V), mode="r")[1]
+    R = qr(B.mv(V), "r")[1]
     _, sigma, Wh = torch.linalg.svd(R, full_matrices=False)
     sigma, Wh = sigma.flip(-1), Wh.flip(-2)
     missing = V.shape[-1] - sigma.shape[-1]
