@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutants import AREAS
 from torch.func import jvp, vjp
 
 import funclsq as fl
@@ -178,15 +177,14 @@ def test_a_product_has_the_gradient_that_is_asked_for(asked):
         _close(_inner([bar], [step]), _inner([k], [difference]))
 
 
-# How many mutants of each area are run here; ``python -m tests.mutants`` runs every one.
-SAMPLES = {"derivatives": 16, "krylov": 2, "direct": 2, "structure": 2, "bridge": 1}
+# How many mutants of an area are run here; ``python -m tests.mutants`` runs every one of all
+# areas. The judges of the others take a minute and more for each mutant.
+SAMPLES = {"derivatives": 12}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("area", AREAS)
+@pytest.mark.parametrize("area", SAMPLES)
 def test_mutants_are_killed(area):
-    if area == "bridge":
-        pytest.importorskip("jax")
     command = [sys.executable, "-m", "tests.mutants", area, "--sample", str(SAMPLES[area])]
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
