@@ -8,6 +8,7 @@ import scipy.sparse
 import torch
 
 import funclsq as fl
+from funclsq.backends import superlu
 from funclsq.methods.svd import thin_svd
 
 F64 = torch.float64
@@ -131,6 +132,18 @@ def test_damping_near_the_rank_tolerance(dtype, damp, size):
     assert np.linalg.norm(s) <= bound * np.linalg.norm(a) * abs(b.numpy()[0])
 
 
+@pytest.mark.parametrize("damp", [1e-12, 1e-13, 1e-14, 1e-15, 1e-16])
+def test_what_a_wrong_factor_gives_is_called_inaccurate(damp, monkeypatch):
+    """The factor of conj(N) here: corrections fall as if all were well, as x grows to 1e12."""
+    solve = superlu._Factor.solve
+    monkeypatch.setattr(superlu._Factor, "solve", lambda f, rhs: solve(f, rhs.conj()).conj())
+    values = torch.tensor([-0.875 - 0.25j, -0.6875 + 1j, 1.125 - 0.625j], dtype=torch.complex128)
+    S = fl.SparsityPattern([0, 0, 0], [0, 4, 14], (1, 17))
+    b = torch.ones(1, dtype=torch.complex128)
+    with pytest.warns(fl.ConvergenceWarning, match="INACCURATE"):
+        fl.lstsq(fl.Sparse(S, values), b, damp=damp, solver="cholesky")
+
+
 def test_a_row_far_below_the_others_does_not_spoil_the_null_space():
     """LAPACK's QR made NaN of the images of null vectors, subnormal beside the rounding."""
     A = torch.tensor(
@@ -145,3 +158,16 @@ def test_a_row_far_below_the_others_does_not_spoil_the_null_space():
     row = (A[2] / 1e300).numpy()
     want = row.conj() / np.vdot(row, row).real * b[2].numpy()
     np.testing.assert_allclose(sol.x.numpy() * 1e300, want, rtol=1e-13)
+
+
+@pytest.mark.parametrize("solver", ["lsmr", "lsqr"])
+@pytest.mark.parametrize("size", [1.0, 1e274])
+def test_a_tolerance_that_was_loosened_again_and_again_is_not_called_rounding(solver, size):
+    """Cond 1e10: met at 3e4 times the tolerance only, without the smaller singular value."""
+    A = torch.tensor([[-1.25 + 1.375j, 0.75 + 0.4375j], [0.0, 9.375e-11 - 1.1875e-10j]])
+    A = A.to(torch.complex128) * size
+    b = torch.tensor([-1.375 - 0.125j, -0.1875 + 0.5j], dtype=torch.complex128)
+    sol = fl.solve(A, b, solver=solver, on_failure="ignore")
+    A, x = A / size, sol.x * size
+    s, large = (torch.linalg.vector_norm(t) for t in (A.mH @ (b - A @ x), x))
+    assert bool(sol.converged) == bool(s < 1e-13 * (1 + large))

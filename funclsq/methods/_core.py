@@ -21,6 +21,8 @@ from funclsq.solution import Status
 __all__ = ["Core", "NeedsDense"]
 
 EASY = 1e6  # up to this condition number the plain factor contracts fast enough
+_SLACK = 20.0  # times the rank tolerance that a residual of the equations may be
+_QUICK = 3  # corrections after which a factor of an easy matrix is not believed unseen
 MARGIN = 10.0  # full rank is sure if the smallest singular value is so far above the tolerance
 
 
@@ -45,6 +47,7 @@ class Core:
         self, B: Operator, rcond: float, backend: str | None, equivariant: bool = False
     ) -> None:
         self.normal = Normal(B, backend, 0.0 if equivariant else rcond)
+        self._tolerance = _SLACK * max(rcond, self.normal.eps)
         self.small: Small | None = None
         self.null: Tensor | None = None  # orthonormal null vectors of B itself, zero-padded
         columns = self.normal.n - self.normal.zero.sum(-1)
@@ -130,7 +133,42 @@ class Core:
         if g is not None:
             g = scale * self.project(g)
         x, status, steps = refine(self.normal.B, self._rough, c, g, self.normal.eps)
-        return self._checked(self.project(scale * x), status, steps)
+        x = self.project(scale * x)
+        if self._doubtful(steps):
+            y = torch.where(scale > 0, x / scale, 0)
+            r = -self.normal.B.mv(y) if c is None else c - self.normal.B.mv(y)
+            s = self.normal.B.rmv(r) if g is None else self.normal.B.rmv(r) + g
+            status = self._judged(status, s, c, g, y, 2)
+        return self._checked(x, status, steps)
+
+    def _doubtful(self, steps: Tensor) -> bool:
+        """Whether the corrections' own verdict is not enough: they see what P sees."""
+        return self.small is not None or bool((steps > _QUICK).any())
+
+    def _judged(
+        self, status: Tensor, s: Tensor, c: Tensor | None, g: Tensor | None, v: Tensor, power: int
+    ) -> Tensor:
+        """Call inaccurate what does not solve the equations: power 2 for B^H B v, 1 for B^H v.
+
+        The residual s = B^H c + g - (B^H B) v of a backward stable solve has the size
+        eps |B| (|c| + |B| |v|) + eps |g|. A v that is wrong is large as a rule, and would excuse
+        itself; so it counts only up to what the solution can be, |c| / sigma + |g| / sigma^2
+        with the smallest singular value sigma on the rank. Null directions are left out of s:
+        there it may be as large as the rank tolerance allows.
+        """
+        s = torch.where(self.normal.zero.unsqueeze(-1), 0, s)
+        if self.small is not None:
+            s = s - self._nulls @ (self._nulls.mH @ s)
+        top = self.top.unsqueeze(-1)
+        bottom = top / (MARGIN * self.cond.unsqueeze(-1))
+        zero = torch.zeros_like(top)
+        cnorm = zero if c is None else torch.linalg.vector_norm(c, dim=-2)
+        gnorm = zero if g is None else torch.linalg.vector_norm(g, dim=-2)
+        most = cnorm / bottom + gnorm / bottom**power
+        size = torch.fmin(torch.linalg.vector_norm(v, dim=-2), most)
+        bound = self._tolerance * (top * cnorm + gnorm + top**power * size)
+        wrong = torch.linalg.vector_norm(s, dim=-2) > bound
+        return torch.where(wrong & (status == int(Status.DIRECT)), int(Status.INACCURATE), status)
 
     def _checked(self, x: Tensor, status: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         broken = self.normal.broken
@@ -143,8 +181,10 @@ class Core:
         """Return B G^+ g, status and corrections per column."""
         g = self.normal.scale.unsqueeze(-1) * self.project(g)
         fine = None if self.small is None else self._fine
-        found = refine_image(self.normal.B, self._rough, fine, g, self.normal.eps)
-        return self._checked(*found)
+        y, status, steps = refine_image(self.normal.B, self._rough, fine, g, self.normal.eps)
+        if self._doubtful(steps):
+            status = self._judged(status, g - self.normal.B.rmv(y), None, g, y, 1)
+        return self._checked(y, status, steps)
 
 
 def _orthonormal(V: Tensor, keep: Tensor) -> Tensor:
