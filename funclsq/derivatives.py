@@ -53,7 +53,7 @@ from funclsq.forward_mode import nested_forward_mode, primals, transformed
 from funclsq.matrix import matmul, matmul_dot, outer, reduce_batch, rmatmul, rmatmul_dot
 from funclsq.opaque import solve_op
 from funclsq.raw import Plan
-from funclsq.solution import Method, Status
+from funclsq.solution import METHODS, Method, Status
 
 __all__ = ["solve"]
 
@@ -255,7 +255,7 @@ def _deficiency(plan: Plan, info: Tensor, gate: Tensor | None) -> Tensor | None:
 
 def _factored(info: Tensor) -> bool:
     """Whether a factor is kept, so that one more solve costs little; True where none can see."""
-    code = info[..., _SLOT_METHOD] % 16  # the Method; the rest says why it was taken
+    code = info[..., _SLOT_METHOD] % METHODS  # the Method; the rest says why it was taken
     direct = (code == Method.cholesky) | (code == Method.qr) | (code == Method.svd)
     return not _is_zero(direct)
 

@@ -8,7 +8,7 @@ import enum
 import torch
 from torch import Tensor
 
-__all__ = ["Method", "Solution", "Status"]
+__all__ = ["METHODS", "Method", "Solution", "Status"]
 
 
 class Status(enum.IntEnum):
@@ -117,10 +117,10 @@ class Choice(enum.IntEnum):
 
     def on(self, method: int) -> int:
         """Write a method and why it was taken as one number."""
-        return int(method) + _METHODS * int(self)
+        return int(method) + METHODS * int(self)
 
 
-_METHODS = 16
+METHODS = 16  # above every Method: a choice is written as method + METHODS * why
 _WHY = {
     Choice.asked: "it was asked for",
     Choice.matrix_free: "A has no entries at hand, and this method needs products only",
@@ -185,13 +185,13 @@ class Solution:
     def solver(self) -> str:
         """Name of the solver that was used (the first member's, in a batch)."""
         codes = self.method.reshape(-1)
-        return Method(int(codes[0]) % _METHODS).name if len(codes) else ""
+        return Method(int(codes[0]) % METHODS).name if len(codes) else ""
 
     @property
     def why(self) -> str:
         """Why that solver was used (for the first member, in a batch)."""
         codes = self.method.reshape(-1)
-        return Choice(int(codes[0]) // _METHODS).words if len(codes) else ""
+        return Choice(int(codes[0]) // METHODS).words if len(codes) else ""
 
     @property
     def message(self) -> str:
