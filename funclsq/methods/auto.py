@@ -41,7 +41,6 @@ WRITABLE_ENTRIES = 1 << 25  # m n up to which a rank-deficient one is
 CHECK_EVERY = 12  # iterations after which a trial may be given up
 SLACK = 1.5  # how far beyond the price of a factor a trial may go
 GROWTH = 3.0  # what is foretold grows so many times what it grew since the last check
-PROBE = 0.5  # cost of the probe for the rank that follows an answer, to that of one column
 DENSE_GRAM = 0.15
 LARGE_GRAM = 8192
 
@@ -146,8 +145,12 @@ class PreparedAuto:
         options = dataclasses.replace(self._options, callback=None, progress=False)
         trial = prepare_lsmr(self._op, self._damp, options, self._full_rank)
         tall = self._op.shape[0] >= self._op.shape[1] or self._damp is not None
-        factor = share + PROBE if trial.assumed_deficient else share
-        watch = _Watch(price, share, factor, max(torch.finfo(c.dtype).eps, options.atol or 0.0))
+        eps = torch.finfo(c.dtype).eps
+        goal = min(max(eps, options.atol or 0.0), 0.1)
+        factor = share
+        if trial.assumed_deficient:  # a probe for the rank, to eps^(1/2), on one column, follows
+            factor += min(1.0, 0.5 * math.log(eps) / math.log(goal))
+        watch = _Watch(price, share, factor, goal)
         supposed = trial.supposing_full_rank() if tall else trial
         supposed = supposed.with_options(dataclasses.replace(options, callback=watch))
         try:
