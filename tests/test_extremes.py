@@ -112,6 +112,17 @@ def test_complex_sparse_normal_matrices_are_factored_and_not_their_conjugates(se
     assert np.linalg.norm(s) < 1e-12
 
 
+def test_complex_sparse_batches_are_factored_and_not_their_conjugates():
+    rng = np.random.default_rng(0)
+    A = scipy.sparse.random_array((400, 200), density=0.01, rng=rng, format="coo")
+    values = rng.standard_normal((2, A.nnz)) + 1j * rng.standard_normal((2, A.nnz))
+    b = torch.from_numpy(rng.standard_normal((2, 400, 1)) + 0j)
+    S = fl.SparsityPattern(A.row, A.col, A.shape)
+    sol = fl.solve(fl.Sparse(S, torch.from_numpy(values)), b, damp=0.1, solver="cholesky")
+    assert int(sol.iterations.max()) <= 2
+    assert float(sol.normal_residual_norm.max()) < 1e-12
+
+
 @pytest.mark.parametrize("size", [1.0, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7])
 @pytest.mark.parametrize("damp", [1e-12, 1e-13, 1e-14, 1e-15, 1e-16])
 @pytest.mark.parametrize("dtype", [F64, torch.complex128])
