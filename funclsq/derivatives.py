@@ -57,7 +57,7 @@ from funclsq.solution import METHODS, Method, Status
 
 __all__ = ["solve"]
 
-_SLOT_DEFICIENT, _SLOT_METHOD = 6, 7
+_SLOT_COND, _SLOT_DEFICIENT, _SLOT_METHOD = 5, 6, 7
 
 
 class _ReverseSolve(Function):
@@ -220,19 +220,21 @@ def _image_of_inverse(plan, w, d2, v, gate, params):
 def _null(plan, params, w, d2, v, z, az, deficient, info):
     """(I - P) v, zero where G is invertible; z = G^+ v and A z, or None where nobody has them.
 
-    v - A^H W A z - D2 z leaves eps cond^2 |v| of the range behind, v - S(A v; D2 v) eps cond |v|,
-    for one more solve, which is cheap where a factor is kept.
+    v - A^H W A z - D2 z leaves eps cond^2 |v| of the range behind. A second projection, by S,
+    leaves eps cond of what it is given; it is made where a kept factor makes it cheap. Where the
+    first one is worse than nothing, S is given v itself.
     """
+    if z is None:
+        z, az, _ = solve(plan, w, d2, None, v, deficient, params)
+    out = v - rmatmul(plan.structure, params, _rows(w, az))
+    if d2 is not None:
+        out = out - d2.unsqueeze(-1) * z
     if _factored(info):
-        image = matmul(plan.structure, params, v)
-        damped = None if d2 is None else d2.unsqueeze(-1) * v
-        out = v - solve(plan, w, d2, image, damped, deficient, params)[0]
-    else:
-        if z is None:
-            z, az, _ = solve(plan, w, d2, None, v, deficient, params)
-        out = v - rmatmul(plan.structure, params, _rows(w, az))
-        if d2 is not None:
-            out = out - d2.unsqueeze(-1) * z
+        moderate = info[..., _SLOT_COND] < torch.finfo(info.dtype).eps ** -0.375
+        out = torch.where(moderate.unsqueeze(-2), out, v)
+        image = matmul(plan.structure, params, out)
+        damped = None if d2 is None else d2.unsqueeze(-1) * out
+        out = out - solve(plan, w, d2, image, damped, deficient, params)[0]
     return deficient.to(out.dtype)[..., None, None] * out
 
 

@@ -85,6 +85,11 @@ EQUIVALENT: dict[str, str] = {
     ": (None,) * ": "a count of None, not algebra",
     ": ax_dot + matmul(structure, params, null_term)": "A (I - P) is zero",
     "other factor dropped: deficient.to(": "where the gate is 0, (I - P) v is 0 anyway",
+    ": v - rmatmul(plan.structure, params, _rows(w, az))": "the second projection does it all",
+    "weights dropped: _rows(w, az)": "the second projection does it all",
+    ": out - d2.unsqueeze(-1) * z": "the second projection does it all",
+    ": out - solve(plan, w, d2, image": "the first projection does it to eps cond^2",
+    ": torch.where(moderate": "either choice is the same but for rounding",
 }
 
 
