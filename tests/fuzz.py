@@ -3,7 +3,7 @@
     python -m tests.fuzz --cases 100000 [--seed 0]
 
 makes that many, case i from seed + i alone, so that a failure can be run again on its own with
-``--cases 1 --seed i``. It goes on after a failure, prints a reduced case for each kind, and ends
+``--cases 1 --seed i``. One case in 40 is larger and sparse. It goes on after a failure, prints a reduced case for each kind, and ends
 with status 1 if there was one. A fixed small number of cases, drawn by hypothesis, is part of the
 test suite (test_properties.py).
 
@@ -339,13 +339,14 @@ def main() -> int:
     warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta")
     start, found = time.monotonic(), Counter()
     for done in range(args.cases):
-        case = make(Seeded(args.seed + done))
+        seed = args.seed + done
+        case = make(Seeded(seed), large=seed % 40 == 39)
         try:
             check(case)
         except Exception as error:
             kind = _kind(error)
             found[kind] += 1
-            print(f"seed {args.seed + done}: {kind}: {error}", flush=True)
+            print(f"seed {seed}: {kind}: {error}", flush=True)
             if found[kind] == 1:
                 print(reduced(case, kind), flush=True)
         if (done + 1) % 1000 == 0:

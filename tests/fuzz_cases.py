@@ -21,6 +21,10 @@ import funclsq as fl
 DTYPES = (torch.float64, torch.float32, torch.complex128, torch.complex64)
 SOLVERS = ("auto", "qr", "svd", "cholesky", "lsmr", "lsqr", "cgls")
 KRYLOV = ("lsmr", "lsqr", "cgls")
+# sparse, and sparse enough to be factored so (the normal matrix is at most 15% full)
+LARGE = ((120, 90), (90, 120), (150, 110), (200, 70), (70, 200), (130, 130))
+LARGE_SOLVERS = ("cholesky", "cholesky", "cholesky", "auto", "auto", "lsmr", "lsqr", "cgls", "qr")
+LARGE_LAYOUTS = ("sparse", "sparse", "repeated", "coo", "csr", "csc", "bsr", "bsc", "scipy")
 LAYOUTS = ("dense", "sparse", "repeated", "coo", "csr", "csc", "bsr", "bsc", "scipy", "operator")
 LEADS: tuple[tuple[int, ...], ...] = ((), (), (), (1,), (3,), (0,), (2, 2))
 _HALF_RANGE = {torch.float32: 36, torch.float64: 300}
@@ -131,23 +135,27 @@ def _powers(rng: np.random.Generator, size: int, top: int) -> np.ndarray:
 
 
 @st.composite
-def cases(draw: Any, mild: bool = False, batches: bool = True) -> Case:
+def cases(draw: Any, mild: bool = False, batches: bool = True, large: bool = False) -> Case:
     """Draw a case; ``mild`` leaves out extreme scales."""
-    return make(Drawn(draw), mild, batches)
+    return make(Drawn(draw), mild, batches, large)
 
 
-def make(pick: Any, mild: bool = False, batches: bool = True) -> Case:
-    """Make a case by the choices of ``pick``."""
+def make(pick: Any, mild: bool = False, batches: bool = True, large: bool = False) -> Case:
+    """Make a case by the choices of ``pick``; a ``large`` one is sparse."""
     dtype = pick.one_of(DTYPES)
-    layout = pick.one_of(LAYOUTS)
-    solver = pick.one_of(SOLVERS if layout != "operator" else ("auto", *KRYLOV))
-    m, n = (pick.one_of((0, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 17)) for _ in range(2))
+    layout = pick.one_of(LARGE_LAYOUTS if large else LAYOUTS)
+    solvers = LARGE_SOLVERS if large else SOLVERS
+    solver = pick.one_of(solvers if layout != "operator" else ("auto", *KRYLOV))
+    if large:
+        m, n = pick.one_of(LARGE)
+    else:
+        m, n = (pick.one_of((0, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 17)) for _ in range(2))
     if layout in ("bsr", "bsc") and 0 in (m, n):
         layout = "csr"  # torch has no empty blocks
     seed = pick.integer(0, 2**32 - 1)
     rng = np.random.default_rng(seed)
     lead = pick.one_of(LEADS) if batches and layout in ("dense", "sparse", "repeated") else ()
-    A, row, col = _matrix(pick, rng, (*lead, m, n), dtype)
+    A, row, col = (_large if large else _matrix)(pick, rng, (*lead, m, n), dtype)
     vector = bool(pick.integer(0, 1)) and not lead
     k = pick.one_of((1, 1, 2, 3, 0))
     b = _entries(rng, (*lead, m) if vector else (*lead, m, k), dtype)
@@ -189,6 +197,22 @@ def _matrix(pick: Any, rng: np.random.Generator, shape: tuple[int, ...], dtype: 
         stored = np.ones((m, n), bool)
     if pick.integer(0, 4) == 0:  # empty rows and columns
         stored &= (rng.random((m, 1)) < 0.7) & (rng.random(n) < 0.7)
+    row, col = np.nonzero(stored)
+    order = rng.permutation(row.size)
+    return A * stored, row[order], col[order]
+
+
+def _large(pick: Any, rng: np.random.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """About 2% full, with a diagonal or without, some columns twice or empty."""
+    *lead, m, n = shape
+    A = _entries(rng, shape, dtype)
+    stored = rng.random((m, n)) < pick.one_of((0.01, 0.02, 0.03))
+    if pick.integer(0, 3) > 0:
+        stored |= np.eye(m, n, dtype=bool)
+        A = A + 2 * np.eye(m, n)  # where most columns are told apart
+    if pick.integer(0, 3) == 0:
+        source, copy = rng.permutation(n)[:10].reshape(2, 5)
+        A[..., copy], stored[:, copy] = A[..., source], stored[:, source]
     row, col = np.nonzero(stored)
     order = rng.permutation(row.size)
     return A * stored, row[order], col[order]

@@ -44,6 +44,10 @@ def test_any_problem_is_solved_or_said_not_to_be():
     run(fuzz.cases(), fuzz.check, 300)
 
 
+def test_a_larger_sparse_problem_is_solved_or_said_not_to_be():
+    run(fuzz.cases(large=True), fuzz.check, 80)
+
+
 def test_mild_problems_have_the_solution_of_least_norm():
     def check(case):
         fuzz.check(case)
