@@ -49,6 +49,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from funclsq.batching import vmap_solve
+from funclsq.beneath import beneath, tracing
 from funclsq.forward_mode import nested_forward_mode, primals, transformed
 from funclsq.matrix import matmul, matmul_dot, outer, reduce_batch, rmatmul, rmatmul_dot
 from funclsq.opaque import solve_op
@@ -264,15 +265,13 @@ def _factored(info: Tensor) -> bool:
 
 def _is_zero(flag: Tensor) -> bool:
     """Whether the data under every transform is zero; False where data cannot be seen."""
-    if torch.compiler.is_compiling() or torch.fx.experimental.proxy_tensor.get_proxy_mode():
+    if tracing():
         return False
     try:
         flag = flag.detach()
     except RuntimeError:  # a batch of autograd's own vmap (is_grads_batched) is opaque
         return False
-    while torch._C._functorch.is_functorch_wrapped_tensor(flag):
-        flag = torch._C._functorch.get_unwrapped(flag)
-    return not bool((flag != 0).any())
+    return not bool((beneath(flag) != 0).any())
 
 
 def _rows(w: Tensor | None, t: Tensor) -> Tensor:

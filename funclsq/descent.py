@@ -10,12 +10,13 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from funclsq.inputs import Problem, canonical, settings
+from funclsq.inputs import Problem, canonical
 from funclsq.lstsq import _solve as solve_problem
 from funclsq.lstsq import solution, solve
 from funclsq.matrix import matmul, rmatmul
 from funclsq.methods._descend import Quadratic, Rule, descend, spectral_bound
 from funclsq.methods.gradient_descent import MAXITER
+from funclsq.settings import settings
 from funclsq.solution import LEAVES, Method, Solution, Status
 
 __all__ = ["Descent", "History", "gradient_descent"]

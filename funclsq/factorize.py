@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from funclsq import derivatives, raw
-from funclsq.inputs import Problem, canonical, settings
+from funclsq.inputs import Problem, canonical
+from funclsq.settings import settings
 
 __all__ = ["Factorization", "covariance", "factorize"]
 

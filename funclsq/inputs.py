@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -12,18 +10,25 @@ import scipy  # its subpackages load on first use
 import torch
 from torch import Tensor
 
+from funclsq.checks import (
+    dense_tensor,
+    real_dtype,
+    require_finite,
+    require_inexact,
+    require_not_negative,
+    require_real_like,
+    require_same,
+)
 from funclsq.matrix_free import LinearOperator
-from funclsq.methods import registry
-from funclsq.methods._protocol import Options
 from funclsq.operators import DenseStructure, SparseStructure
 from funclsq.raw import Plan
+from funclsq.settings import Settings
 from funclsq.sparse import Sparse
 from funclsq.torch_sparse import is_sparse, pattern_and_values
 from funclsq.traced import traced_plan, traced_structure
 
-__all__ = ["Problem", "canonical", "matrix", "settings"]
+__all__ = ["Problem", "canonical", "matrix"]
 
-_SETTINGS = tuple(sorted(f.name for f in dataclasses.fields(Options) if f.name != "solver"))
 _KINDS = (
     "a torch tensor (dense, COO, CSR, CSC, BSR, BSC), a scipy.sparse matrix, funclsq.Sparse or "
     "funclsq.LinearOperator"
@@ -74,7 +79,7 @@ def matrix(A: Any, name: str) -> tuple[Any, tuple[Tensor, ...], tuple[int, ...],
                 f"{name}: the values of A must be a torch tensor; got "
                 f"{type(A.values).__name__}. For JAX arrays use funclsq.jax.{name}."
             )
-        _require_inexact(A.values, "A", name)
+        require_inexact(A.values, "A", name)
         structure: Any
         if torch.compiler.is_compiling():
             structure = traced_structure(A.pattern.shape, A.pattern)
@@ -82,7 +87,7 @@ def matrix(A: Any, name: str) -> tuple[Any, tuple[Tensor, ...], tuple[int, ...],
             structure = SparseStructure(A.pattern)
         return structure, (A.values,), tuple(A.values.shape[:-1]), "csr"
     if is_sparse(A):
-        _require_inexact(A, "A", name)
+        require_inexact(A, "A", name)
         layout = "coo" if A.layout == torch.sparse_coo else "csr"
         if A.ndim == 3 and A.layout in (torch.sparse_csr, torch.sparse_coo):
             raise ValueError(
@@ -98,7 +103,7 @@ def matrix(A: Any, name: str) -> tuple[Any, tuple[Tensor, ...], tuple[int, ...],
     if isinstance(A, np.ndarray):
         A = torch.from_numpy(A)
     if isinstance(A, Tensor):
-        _require_inexact(A, "A", name)
+        require_inexact(A, "A", name)
         if A.ndim < 2:
             raise ValueError(
                 f"{name}: A must be a matrix (..., m, n); got shape {tuple(A.shape)}. Add the "
@@ -108,78 +113,6 @@ def matrix(A: Any, name: str) -> tuple[Any, tuple[Tensor, ...], tuple[int, ...],
             return traced_structure(A.shape[-2:], None), (A,), tuple(A.shape[:-2]), "strided"
         return DenseStructure(*A.shape[-2:]), (A,), tuple(A.shape[:-2]), "strided"
     raise TypeError(f"{name}: A must be {_KINDS}; got {type(A).__name__}.")
-
-
-def _require_inexact(t: Any, what: str, name: str) -> None:
-    if not (t.dtype.is_floating_point or t.dtype.is_complex):
-        raise TypeError(
-            f"{name}: {what} must be floating point or complex; got {t.dtype}. Convert it with "
-            f"{what}.to(torch.float64)."
-        )
-    if t.dtype in (torch.float16, torch.bfloat16):
-        raise TypeError(
-            f"{name}: {what} must be float32, float64, complex64 or complex128; got {t.dtype}. "
-            f"Convert it with {what}.float()."
-        )
-
-
-def _real(dtype: torch.dtype) -> torch.dtype:
-    return {torch.complex64: torch.float32, torch.complex128: torch.float64}.get(dtype, dtype)
-
-
-class Settings(NamedTuple):
-    """A solver and what was asked of it, checked; plain constants, so that they can be traced."""
-
-    solver: Any
-    given: tuple[tuple[str, Any], ...]
-
-    def options(self, extra: tuple[tuple[str, Any], ...] = ()) -> Options:
-        """Freeze into Options."""
-        return Options(solver=self.solver, extra=extra, **dict(self.given))
-
-
-def settings(name: str, solver: Any, **given: Any) -> Settings:
-    """Check solver and settings, and freeze them."""
-    keywords: dict[str, Any] = {}
-    while isinstance(solver, functools.partial):
-        if solver.args:
-            raise TypeError(f"{name}: partial(solver, ...) may fix keyword arguments only.")
-        keywords = {**solver.keywords, **keywords}
-        solver = solver.func
-    own = getattr(solver, "funclsq_name", None)
-    if own is not None:
-        solver = own
-    elif keywords:
-        solver = functools.partial(solver, **keywords)
-        keywords = {}
-    if isinstance(solver, str):
-        if solver not in registry.NAMES:
-            raise ValueError(
-                f"{name}: solver must be one of {', '.join(registry.NAMES)} or a function "
-                f"solver(A, b); got {solver!r}."
-            )
-    elif not callable(solver):
-        raise TypeError(
-            f"{name}: solver must be a name or a function solver(A, b); got "
-            f"{type(solver).__name__}."
-        )
-    given = {**given, **keywords}
-    for key in given:
-        if key not in _SETTINGS:
-            raise TypeError(
-                f"{name}: unknown setting {key!r}; the settings are {', '.join(_SETTINGS)}."
-            )
-    rank = given.get("rank", "auto")
-    if not (rank in ("auto", "full") or (isinstance(rank, int) and rank >= 0)):
-        raise ValueError(f"{name}: rank must be 'auto', 'full' or an int >= 0; got {rank!r}.")
-    for key in ("atol", "btol", "rcond", "conlim"):
-        value = given.get(key)
-        if value is not None and not (isinstance(value, (int, float)) and value >= 0):
-            raise ValueError(f"{name}: {key} must be a number >= 0 or None; got {value!r}.")
-    maxiter = given.get("maxiter")
-    if maxiter is not None and not (isinstance(maxiter, int) and maxiter >= 0):
-        raise ValueError(f"{name}: maxiter must be an int >= 0 or None; got {maxiter!r}.")
-    return Settings(solver, tuple(given.items()))
 
 
 def canonical(
@@ -198,14 +131,14 @@ def canonical(
         raise ValueError(
             f"{name}: on_failure must be 'warn', 'raise' or 'ignore'; got {on_failure!r}."
         )
-    b = _tensor(b, "b", name)
-    _require_inexact(b, "b", name)
+    b = dense_tensor(b, "b", name)
+    require_inexact(b, "b", name)
     if isinstance(A, LinearOperator):
         structure: Any = A.structure(b.dtype, b.device)
         params, lead_a, layout = A.params, tuple[int, ...](), "operator"
     else:
         structure, params, lead_a, layout = matrix(A, name)
-        _same(params[0], b, "A", "b", name)
+        require_same(params[0], b, "A", "b", name)
     m, n = structure.shape
     vector = b.ndim == 1
     if b.ndim == 0:
@@ -222,7 +155,7 @@ def canonical(
     d2, d_lead, damped = _damp(damp, b, n, name)
     start = _start(x0, b, n, k, vector, name)
     if start is not None and check_finite:
-        _require_finite(start, "x0", name)
+        require_finite(start, "x0", name)
     leads = {
         "A": lead_a,
         "b": tuple(block.shape[:-2]),
@@ -292,42 +225,16 @@ def _full_column_rank(rank: str | int, m: int, n: int, name: str) -> bool:
     return m >= n and rank in ("full", n)
 
 
-def _tensor(t: Any, what: str, name: str) -> Tensor:
-    if isinstance(t, np.ndarray):
-        t = torch.from_numpy(t)
-    if not isinstance(t, Tensor):
-        raise TypeError(
-            f"{name}: {what} must be a torch tensor; got {type(t).__name__}. For JAX arrays use "
-            "funclsq.jax."
-        )
-    if is_sparse(t):
-        raise TypeError(f"{name}: {what} must be dense; got layout {t.layout}. Call .to_dense().")
-    return t
-
-
-def _same(a: Tensor, b: Tensor, what: str, other: str, name: str) -> None:
-    if a.dtype != b.dtype:
-        raise TypeError(
-            f"{name}: {what} and {other} must have one dtype; got {a.dtype} and {b.dtype}. "
-            f"Convert one with .to({b.dtype})."
-        )
-    if a.device != b.device:
-        raise ValueError(
-            f"{name}: {what} and {other} must be on one device; got {a.device} and {b.device}. "
-            f"Move one with .to({str(b.device)!r})."
-        )
-
-
 def _weights(weights, b, m, k, vector, name):
     """Weights as (..., m), their batch shape, and whether they differ by column."""
     if weights is None:
         return None, (), False
-    w = _tensor(weights, "weights", name)
+    w = dense_tensor(weights, "weights", name)
     if w.dtype.is_complex:
         raise TypeError(f"{name}: weights must be real; got {w.dtype}.")
-    _require_inexact(w, "weights", name)
-    _require_real_like(w, b, "weights", name)
-    _require_not_negative(w, "weights", name)
+    require_inexact(w, "weights", name)
+    require_real_like(w, b, "weights", name)
+    require_not_negative(w, "weights", name)
     if w.ndim == 1 and w.shape[0] == m:
         return w, (), False
     if w.ndim >= 2 and w.shape[-2] == m and w.shape[-1] in ((1,) if vector else (1, k)):
@@ -343,44 +250,6 @@ def _weights(weights, b, m, k, vector, name):
     )
 
 
-def _require_real_like(t: Tensor, b: Tensor, what: str, name: str) -> None:
-    if t.dtype != _real(b.dtype):
-        raise TypeError(
-            f"{name}: {what} must have dtype {_real(b.dtype)} beside b of {b.dtype}; got "
-            f"{t.dtype}. Convert it with .to({_real(b.dtype)})."
-        )
-    if t.device != b.device:
-        raise ValueError(
-            f"{name}: {what} must be on the device of b, {b.device}; got {t.device}. Move one with "
-            f".to({str(b.device)!r})."
-        )
-
-
-def _require_finite(t: Tensor, what: str, name: str) -> None:
-    """Look at the data under every transform; tracing cannot be looked through."""
-    if torch.compiler.is_compiling() or torch.fx.experimental.proxy_tensor.get_proxy_mode():
-        return
-    t = t.detach()
-    while torch._C._functorch.is_functorch_wrapped_tensor(t):
-        t = torch._C._functorch.get_unwrapped(t)
-    if not bool(torch.isfinite(t).all()):
-        raise ValueError(f"{name}: {what} must be finite; got NaN or Inf entries. Repair {what}.")
-
-
-def _require_not_negative(t: Tensor, what: str, name: str) -> None:
-    """Look at the data under every transform; tracing cannot be looked through."""
-    if torch.compiler.is_compiling() or torch.fx.experimental.proxy_tensor.get_proxy_mode():
-        return
-    t = t.detach()
-    while torch._C._functorch.is_functorch_wrapped_tensor(t):
-        t = torch._C._functorch.get_unwrapped(t)
-    if bool((t < 0).any()):
-        raise ValueError(
-            f"{name}: {what} must not be negative; got a smallest entry of {float(t.min()):.3g}. "
-            f"Pass {what} >= 0."
-        )
-
-
 def _damp(damp, b, n, name):
     """damp^2 as (..., n) or None, its batch shape, and whether it is statically positive."""
     if isinstance(damp, (bool, complex)):
@@ -392,20 +261,20 @@ def _damp(damp, b, n, name):
             raise ValueError(f"{name}: damp must be finite and >= 0; got {damp}.")
         if damp == 0:
             return None, (), False
-        square = torch.full((n,), float(damp) ** 2, dtype=_real(b.dtype), device=b.device)
+        square = torch.full((n,), float(damp) ** 2, dtype=real_dtype(b.dtype), device=b.device)
         return square, (), True
     if not isinstance(damp, Tensor):
         raise TypeError(f"{name}: damp must be a real number or tensor; got {type(damp).__name__}.")
     if damp.dtype.is_complex:
         raise TypeError(f"{name}: damp must be real; got {damp.dtype}.")
-    _require_inexact(damp, "damp", name)
-    _require_real_like(damp, b, "damp", name)
+    require_inexact(damp, "damp", name)
+    require_real_like(damp, b, "damp", name)
     if damp.ndim and damp.shape[-1] not in (1, n):
         raise ValueError(
             f"{name}: damp must be a scalar or have shape ({n},), one per column of A; got "
             f"{tuple(damp.shape)}."
         )
-    _require_not_negative(damp, "damp", name)
+    require_not_negative(damp, "damp", name)
     square = damp**2
     lead = tuple(square.shape[:-1]) if square.ndim > 1 else ()
     return square.expand(*lead, n), lead, False
@@ -415,8 +284,8 @@ def _start(x0, b, n, k, vector, name):
     """x0 as (..., n, k)."""
     if x0 is None:
         return None
-    x0 = _tensor(x0, "x0", name)
-    _same(x0, b, "x0", "b", name)
+    x0 = dense_tensor(x0, "x0", name)
+    require_same(x0, b, "x0", "b", name)
     if vector:
         if x0.ndim == 0 or x0.shape[-1] != n:
             raise ValueError(

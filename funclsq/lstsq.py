@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from funclsq import derivatives, matrix
-from funclsq.inputs import Problem, canonical, settings
+from funclsq.inputs import Problem, canonical
+from funclsq.settings import settings
 from funclsq.solution import Solution
 
 __all__ = ["lstsq", "solve"]

@@ -17,11 +17,13 @@ import numpy as np
 import scipy  # its subpackages load on first use
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-__all__ = ["SparsityPattern", "outside_transforms"]
+from funclsq.beneath import beneath, outside_transforms
 
-outside_transforms = temporarily_clear_interpreter_stack  # inside, no result is wrapped
+__all__ = [
+    "SparsityPattern",
+]
+
 
 _MAX_BATCHED = 4  # block-diagonal replicas of one pattern that are kept
 _counter = itertools.count(1)
@@ -307,22 +309,14 @@ def _check_shape(shape: Any) -> tuple[int, int]:
     return m, n
 
 
-def _unwrapped(index: Tensor, name: str) -> Tensor:
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(index):
-        if functorch.is_batchedtensor(index):
-            raise TypeError(
-                f"SparsityPattern: {name} is batched by vmap; a pattern is static. Make it "
-                "outside vmap."
-            )
-        index = functorch.get_unwrapped(index)
-    return index
-
-
 def _index_array(index: Any, name: str) -> np.ndarray:
     """Bring indices of any library to a 1-D NumPy integer array on the host."""
     if isinstance(index, Tensor):
-        index = _unwrapped(index, name)
+        refusal = TypeError(
+            f"SparsityPattern: {name} is batched by vmap; a pattern is static. Make it outside "
+            "vmap."
+        )
+        index = beneath(index, refusal)
         with outside_transforms():
             index = index.detach().cpu().numpy()
     array = np.asarray(index)

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from funclsq import derivatives
 from funclsq.extended import refinement
-from funclsq.inputs import Problem, canonical, settings
+from funclsq.inputs import Problem, canonical
 from funclsq.lstsq import _solve as solve_problem
 from funclsq.lstsq import solution
 from funclsq.matrix import matmul
 from funclsq.pattern import SparsityPattern
+from funclsq.settings import settings
 from funclsq.sparse import Sparse
 
 __all__ = ["LinearRegression", "linear_regression"]

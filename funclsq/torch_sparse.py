@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from funclsq.pattern import SparsityPattern, outside_transforms
+from funclsq.beneath import outside_transforms
+from funclsq.pattern import SparsityPattern
 
 __all__ = ["assemble", "is_sparse", "pattern_and_values"]
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from funclsq.errors import ConvergenceError, ConvergenceWarning
-from funclsq.inputs import settings
 from funclsq.jax.inputs import Call, canonical
 from funclsq.jax.primitive import Operands, S
+from funclsq.settings import settings
 from funclsq.solution import LEAVES, Solution, Status, describe
 
 try:

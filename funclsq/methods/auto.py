@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funclsq.methods._normal import DENSE_FILL, DENSE_ORDER
 from funclsq.methods._price import Price
 from funclsq.methods._protocol import Options, Prepared, Raw
 from funclsq.methods.cholesky import NeedsDense, predict
@@ -41,8 +42,6 @@ WRITABLE_ENTRIES = 1 << 25  # m n up to which a rank-deficient one is
 CHECK_EVERY = 12  # iterations after which a trial may be given up
 SLACK = 1.0  # the prices of a factor that a trial may cost at most
 GROWTH = 3.0  # what is foretold grows so many times what it grew since the last check
-DENSE_GRAM = 0.15
-LARGE_GRAM = 8192
 
 
 def prepare(op: Operator, damp: Tensor | None, options: Options, full_rank: bool) -> Prepared:
@@ -93,7 +92,7 @@ class PreparedAuto:
     def _direct(self) -> Any:
         arguments = (self._op, self._damp, self._options, self._full_rank)
         _, density = predict(self._op.pattern)
-        if density > DENSE_GRAM and min(self._op.shape) > LARGE_GRAM:
+        if density > DENSE_FILL and min(self._op.shape) > DENSE_ORDER:
             return _because(Choice.full, prepare_lsmr(*arguments))
         try:
             return _because(Choice.factor, prepare_cholesky(*arguments))

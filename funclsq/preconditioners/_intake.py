@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funclsq.beneath import beneath, outside_transforms
 from funclsq.extent import finite
-from funclsq.inputs import canonical, matrix, settings
+from funclsq.inputs import canonical, matrix
 from funclsq.matrix_free import LinearOperator
 from funclsq.operators import DenseOp, SparseOp
-from funclsq.pattern import outside_transforms
 from funclsq.range import exponent, extreme
+from funclsq.settings import settings
 from funclsq.sparse import Sparse
 
 __all__ = ["Intake", "take_in", "untracked"]
@@ -109,12 +110,8 @@ def _plain(name: str, t: Any) -> Any:
         return Sparse(t.pattern, _plain(name, t.values))
     if not isinstance(t, Tensor):
         return t
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(t):
-        if functorch.is_batchedtensor(t):
-            raise ValueError(
-                f"{name}: cannot be made inside torch.vmap from values that it maps over. Make it "
-                "outside, from a typical member: it serves them all."
-            )
-        t = functorch.get_unwrapped(t)
-    return t.detach()
+    refusal = ValueError(
+        f"{name}: cannot be made inside torch.vmap from values that it maps over. Make it "
+        "outside, from a typical member: it serves them all."
+    )
+    return beneath(t, refusal).detach()
