@@ -3,9 +3,9 @@
     python -m tests.fuzz --cases 100000 [--seed 0]
 
 makes that many, case i from seed + i alone, so that a failure can be run again on its own with
-``--cases 1 --seed i``. One case in 40 is larger and sparse. It goes on after a failure, prints a reduced case for each kind, and ends
-with status 1 if there was one. A fixed small number of cases, drawn by hypothesis, is part of the
-test suite (test_properties.py).
+``--cases 1 --seed i``. One case in 40 is larger and sparse. It goes on after a failure, prints a
+reduced case for each kind, and ends with status 1 if there was one. A fixed small number of
+cases, drawn by hypothesis, is part of the test suite (test_properties.py).
 
 What must hold: no crash; no input written to; every output finite, or a status and a warning
 that say otherwise; where the status says solved, the optimality condition
