@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from funclsq.pattern import SparsityPattern
-from funclsq.products import csr_mm, csr_tensor, sddmm_csr
+from funclsq.products import FEW_TERMS, csr_mm, csr_tensor, sddmm_csr, sddmm_few
 
 __all__ = [
     "DenseOp",
@@ -107,14 +107,20 @@ def sddmm(pattern: SparsityPattern, U: Tensor, V: Tensor, batched: bool) -> Tens
     if U.ndim == 3 and not batched:
         U, V = (t.movedim(0, 1).flatten(1) for t in (U, V))
     if U.ndim == 2:
-        out = sddmm_csr(_csr(pattern, U.dtype, U.device), U, V)
+        out = _sampled(pattern, U, V)
     else:
         count = U.shape[0]
         if count == 0:
             return U.new_zeros((0, pattern.nnz))
-        whole = _csr(pattern.repeated(count), U.dtype, U.device)
-        out = sddmm_csr(whole, U.flatten(0, 1), V.flatten(0, 1)).view(count, -1)
+        out = _sampled(pattern.repeated(count), U.flatten(0, 1), V.flatten(0, 1)).view(count, -1)
     return csr_to_entries(pattern, out)
+
+
+def _sampled(pattern: SparsityPattern, U: Tensor, V: Tensor) -> Tensor:
+    if U.shape[1] <= FEW_TERMS and U.device.type == "cpu":
+        rows, cols = (pattern.tensor(name, U.device) for name in ("csr_rows", "indices"))
+        return sddmm_few(rows, cols, U, V)
+    return sddmm_csr(_csr(pattern, U.dtype, U.device), U, V)
 
 
 def _csr(pattern: SparsityPattern, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -207,15 +213,22 @@ class SparseOp:
 
     def column_norms(self) -> Tensor:
         """2-norms of the columns, safe from overflow and underflow."""
-        size = self.csr_values.abs()
+        values = self.csr_values
         index = self.pattern.tensor("indices", self.device)
-        out = size.new_zeros((*size.shape[:-1], self.shape[1]))
-        if size.numel() == 0:
+        out = values.real.new_zeros((*values.shape[:-1], self.shape[1]))
+        if values.numel() == 0:
             return out
-        low, high = size.aminmax()
-        safe = torch.finfo(size.dtype).tiny ** 0.25
-        if self.device.type == "cpu" and (float(low) > safe and float(high) < 1 / safe):
-            return out.index_add_(-1, index, size * size).sqrt_()
+        if self.device.type == "cpu":
+            if values.is_complex():
+                square = torch.view_as_real(values.resolve_conj()).square().sum(-1)
+            else:
+                square = values * values
+            least, largest = torch.aminmax(out.index_add_(-1, index, square))
+            safe = torch.finfo(out.dtype).tiny ** 0.5
+            if float(least) > safe and float(largest) < 1 / safe:  # then no square was lost
+                return out.sqrt_()
+            out.zero_()
+        size = values.abs()
         index = index.long().expand_as(size)
         top = out.scatter_reduce(-1, index, size, "amax")
         unit = torch.where(top > 0, top, torch.ones_like(top))

@@ -11,10 +11,11 @@ import warnings
 import torch
 from torch import Tensor
 
-__all__ = ["csr_mm", "csr_tensor", "sddmm_csr"]
+__all__ = ["FEW_TERMS", "csr_mm", "csr_tensor", "sddmm_csr", "sddmm_few"]
 
 COLUMN_BLOCK = 8  # torch's CSR product slows down erratically beyond this many columns
 SMALL_WORK = 1 << 18  # nnz x columns below which the cost of a call outweighs that
+FEW_TERMS = 4  # columns up to which gathering them one by one is 2 to 3 times faster than MKL
 _lock = threading.Lock()
 _announced = False
 
@@ -68,3 +69,16 @@ def sddmm_csr(matrix: Tensor, U: Tensor, V: Tensor) -> Tensor:
     # detached: a view of a CSR tensor has no .real
     out = torch.sparse.sampled_addmm(matrix, U.contiguous(), Vh.contiguous().T, beta=0.0)
     return out.values().detach()
+
+
+def sddmm_few(rows: Tensor, cols: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """The same for few columns, entry e at (rows[e], cols[e]): gathered, multiplied, added up.
+
+    Memory: two vectors of nnz entries besides the result.
+    """
+    out = None
+    for u, v in zip(U.unbind(1), V.unbind(1)):
+        part = u.contiguous().index_select(0, rows)
+        part *= v.conj().resolve_conj().contiguous().index_select(0, cols)
+        out = part if out is None else out.add_(part)
+    return U.new_zeros(rows.shape[0]) if out is None else out

@@ -15,7 +15,8 @@ from cases import DTYPES, LAYOUTS, problem
 import funclsq as fl
 from funclsq import kept, raw, spare
 from funclsq.matrix import matmul, outer, rmatmul
-from funclsq.operators import DenseStructure, SparseStructure
+from funclsq.operators import DenseStructure, SparseStructure, sddmm
+from funclsq.products import FEW_TERMS
 
 F64 = torch.float64
 
@@ -427,3 +428,17 @@ def test_column_norms_hold_out_to_the_ends_of_the_range(size, batch):
     norms = SparseStructure(S).bind((values * size,)).column_norms()
     want = torch.linalg.vector_norm(_dense(row, col, values, (3, 4)), dim=-2)
     torch.testing.assert_close(norms / size, want, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("k", [0, 1, FEW_TERMS, FEW_TERMS + 1, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_sampled_outer_product_of_few_and_of_many_columns(k, dtype, batch):
+    g = torch.Generator().manual_seed(k)
+    row, col = np.array([2, 0, 1, 2, 2, 4]), np.array([1, 3, 0, 1, 2, 3])  # (2, 1) is there twice
+    S = fl.SparsityPattern(row, col, (5, 4))
+    U = torch.randn((*batch, 5, k), generator=g, dtype=dtype)
+    V = torch.randn((*batch, 4, k), generator=g, dtype=dtype)
+    found = sddmm(S, U, V, batched=bool(batch))
+    want = (U @ V.mH)[..., torch.from_numpy(row), torch.from_numpy(col)]
+    torch.testing.assert_close(found, want)
