@@ -70,8 +70,9 @@ def cholesky(A: Any, b: Tensor, **settings: Any) -> Solution:
     """Minimise ||A x - b|| by a sparse Cholesky factor of the normal equations, refined.
 
     As accurate as a QR factorisation where A^H A is not singular to rounding; finds small null
-    spaces and the minimum-norm solution. CPU. Settings: ``backend``, ``rcond``, and those of
-    :func:`funclsq.solve`.
+    spaces and the minimum-norm solution; one too large for it is left to ``qr``, or to ``lsmr``
+    where A cannot be written out (``Solution.solver`` and ``why`` tell). CPU. Settings:
+    ``backend``, ``rcond``, and those of :func:`funclsq.solve`.
 
     References
     ----------

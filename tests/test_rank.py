@@ -181,3 +181,22 @@ def test_the_three_term_derivative_of_a_deficient_problem(solver):
     got = gradient(lambda B, C: fl.lstsq(B @ C, b, solver=solver))
     for g, want in zip(got, gradient(exact)):
         torch.testing.assert_close(g, want, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("damp", [None, 0.5])
+def test_cholesky_leaves_a_large_null_space_to_another_solver(damp):
+    """90 of 200 columns repeated; a column of damping takes one of them away."""
+    rng = np.random.default_rng(6)
+    A = rng.integers(-3, 4, (200, 110)) * (rng.random((200, 110)) < 0.03) + 20.0 * np.eye(200, 110)
+    A = np.concatenate((A, A[:, :90]), 1)
+    b, d = rng.standard_normal(200), np.zeros(200)
+    d[0] = damp or 0.0
+    more = {} if damp is None else {"damp": torch.from_numpy(d)}
+    sol = solved(scipy.sparse.coo_array(A), b, solver="cholesky", **more)
+    M, c = np.concatenate((A, np.diag(d))), np.concatenate((b, 0 * d))
+    want, _, rank, _ = np.linalg.lstsq(M, c, rcond=1e-12)
+    assert bool(sol.converged)
+    assert int(sol.rank) == rank
+    assert sol.solver == "qr"
+    assert "too many dependent columns" in sol.why
+    np.testing.assert_allclose(sol.x.numpy(), want, rtol=0, atol=1e-12)

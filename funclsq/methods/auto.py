@@ -34,7 +34,7 @@ from funclsq.methods.qr import prepare as prepare_qr
 from funclsq.operators import DenseOp, Operator, SparseOp
 from funclsq.solution import Choice, Status
 
-__all__ = ["PreparedAuto", "prepare"]
+__all__ = ["PreparedAuto", "instead_of_cholesky", "prepare"]
 
 SMALL_ENTRIES = 1 << 14  # m n up to which one sparse matrix is written out for QR
 SMALL_BATCHED = 8  # min(m, n) up to which each matrix of a sparse batch is
@@ -55,6 +55,16 @@ def prepare(op: Operator, damp: Tensor | None, options: Options, full_rank: bool
     if op.device.type != "cpu":
         return _because(Choice.device, prepare_lsmr(op, damp, options, full_rank))
     return PreparedAuto(op, damp, options, full_rank)
+
+
+def instead_of_cholesky(
+    op: Operator, damp: Tensor | None, options: Options, full_rank: bool
+) -> Prepared:
+    """What can have a null space of any size: qr while A can be written out, else lsmr."""
+    m, n = op.shape
+    written = m * n * (getattr(op, "batch", None) or 1) <= WRITABLE_ENTRIES
+    prepare_other = prepare_qr if written else prepare_lsmr
+    return _because(Choice.null_space, prepare_other(op, damp, options, full_rank))
 
 
 def _because(choice: Choice, prepared: Any) -> Prepared:
@@ -97,14 +107,7 @@ class PreparedAuto:
         try:
             return _because(Choice.factor, prepare_cholesky(*arguments))
         except NeedsDense:
-            return self._dense()
-
-    def _dense(self) -> Any:
-        arguments = (self._op, self._damp, self._options, self._full_rank)
-        m, n = self._op.shape
-        if m * n * (self._op.batch or 1) <= WRITABLE_ENTRIES:
-            return _because(Choice.null_space, prepare_qr(*arguments))
-        return _because(Choice.null_space, prepare_lsmr(*arguments))
+            return instead_of_cholesky(*arguments)
 
     def solve(self, c: Tensor | None, g: Tensor | None) -> Raw:
         """Apply x = G^+ (B^H c + g) by the method chosen; choose it first."""
@@ -120,7 +123,8 @@ class PreparedAuto:
             return chosen.solve(c, g)
         except NeedsDense:
             with self._lock:
-                self._chosen = self._dense()
+                arguments = (self._op, self._damp, self._options, self._full_rank)
+                self._chosen = instead_of_cholesky(*arguments)
             return self._chosen.solve(c, g)
 
     def _dear(self, rhs: Tensor | None) -> bool:

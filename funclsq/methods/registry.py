@@ -6,8 +6,10 @@ from torch import Tensor
 
 from funclsq.methods import foreign
 from funclsq.methods._protocol import Options, Prepared
+from funclsq.methods.auto import instead_of_cholesky
 from funclsq.methods.auto import prepare as prepare_auto
 from funclsq.methods.cgls import prepare as prepare_cgls
+from funclsq.methods.cholesky import NeedsDense
 from funclsq.methods.cholesky import prepare as prepare_cholesky
 from funclsq.methods.gradient_descent import prepare as prepare_gradient_descent
 from funclsq.methods.lsmr import prepare as prepare_lsmr
@@ -35,4 +37,7 @@ def prepare(op: Operator, damp: Tensor | None, options: Options, full_rank: bool
     """Prepare the solver that ``options.solver`` names, or the function that it is."""
     if callable(options.solver):
         return foreign.prepare(op, damp, options, full_rank)
-    return _METHODS[options.solver](op, damp, options, full_rank)
+    try:
+        return _METHODS[options.solver](op, damp, options, full_rank)
+    except NeedsDense:  # of cholesky alone
+        return instead_of_cholesky(op, damp, options, full_rank)
