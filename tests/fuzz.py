@@ -295,29 +295,38 @@ def _smaller(case: Case) -> Any:
         if case.layout not in ("dense", layout):
             yield dataclasses.replace(case, layout=layout)
     for axis, size in enumerate(case.A.shape):
-        for i in range(size):
-            keep = np.arange(size) != i
-            picked = torch.from_numpy(np.flatnonzero(keep))
-            A = case.A.index_select(axis, picked)
-            at = (case.row, case.col)[axis]
-            on = at != i
-            row, col = case.row[on], case.col[on]
-            shifted = [a - (a > i) if j == axis else a for j, a in enumerate((row, col))]
-            new = dataclasses.replace(case, A=A, row=shifted[0], col=shifted[1])
-            if axis == 0:
-                w = None if case.weights is None else case.weights[picked]
-                yield dataclasses.replace(new, b=case.b[picked], weights=w)
-            else:
-                many = isinstance(case.damp, Tensor) and case.damp.ndim
-                damp = case.damp[picked] if many else case.damp
-                x0 = None if case.x0 is None else case.x0[picked]
-                yield dataclasses.replace(new, damp=damp, x0=x0)
+        step = size
+        while (step := step // 2) > 0:  # half of the rows at a time, then a quarter, ...
+            for start in range(0, size, step):
+                yield _without(case, axis, np.arange(start, min(start + step, size)))
+
+
+def _without(case: Case, axis: int, gone: np.ndarray) -> Case:
+    """The case without some rows or columns."""
+    kept = np.delete(np.arange(case.A.shape[axis]), gone)
+    picked = torch.from_numpy(kept)
+    on = np.isin((case.row, case.col)[axis], kept)
+    row, col = (
+        np.searchsorted(kept, a[on]) if j == axis else a[on]
+        for j, a in enumerate((case.row, case.col))
+    )
+    new = dataclasses.replace(case, A=case.A.index_select(axis, picked), row=row, col=col)
+    if axis == 0:
+        w = None if case.weights is None else case.weights[picked]
+        return dataclasses.replace(new, b=case.b[picked], weights=w)
+    many = isinstance(case.damp, Tensor) and case.damp.ndim
+    damp = case.damp[picked] if many else case.damp
+    x0 = None if case.x0 is None else case.x0[picked]
+    return dataclasses.replace(new, damp=damp, x0=x0)
 
 
 def reduced(case: Case, kind: str) -> Case:
-    """A smallest case that fails in the same way."""
+    """A smallest case that fails in the same way, or what was reached in two minutes."""
+    end = time.monotonic() + 120
     while True:
         for other in _smaller(case):
+            if time.monotonic() > end:
+                return case
             try:
                 check(other)
             except Exception as error:
