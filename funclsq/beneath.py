@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-__all__ = ["beneath", "outside_transforms", "tracing"]
+__all__ = ["beneath", "differentiated", "outside_transforms", "tracing"]
 
 outside_transforms = temporarily_clear_interpreter_stack  # inside, no result is wrapped
 
@@ -16,6 +16,20 @@ def tracing() -> bool:
     return bool(
         torch.compiler.is_compiling() or torch.fx.experimental.proxy_tensor.get_proxy_mode()
     )
+
+
+def differentiated(*tensors: Tensor | None) -> bool:
+    """Whether derivatives of what is made from these may be asked for; a hint, at times too wide.
+
+    True inside every ``grad``, ``vjp``, ``jvp`` and forward-mode level, whatever it is taken by.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    kinds = torch._C._functorch.TransformType
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() in (kinds.Grad, kinds.Jvp) for level in levels)
 
 
 def beneath(t: Tensor, batched: Exception | None = None) -> Tensor:

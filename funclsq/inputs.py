@@ -10,6 +10,7 @@ import scipy  # its subpackages load on first use
 import torch
 from torch import Tensor
 
+from funclsq.beneath import differentiated
 from funclsq.checks import (
     dense_tensor,
     real_dtype,
@@ -178,11 +179,14 @@ def canonical(
     rank = dict(options.given).get("rank", "auto")
     full_rank = _full_column_rank(rank, m, n, name)
     if torch.compiler.is_compiling():
-        plan: Any = traced_plan(structure, options, full_rank, damped, on_failure, check_finite)
+        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (*params, block))
+        fixed = (options, full_rank, damped, on_failure, check_finite, wanted)
+        plan: Any = traced_plan(structure, *fixed)
     else:
         extra = (("layout", layout), ("vector", vector)) if callable(options.solver) else ()
-        fixed = (structure, options.options(extra), full_rank, damped, on_failure, check_finite)
-        plan = Plan.of(*fixed, name != "lstsq")  # lstsq has nobody to show residual norms to
+        known = (structure, options.options(extra), full_rank, damped, on_failure, check_finite)
+        shown = name != "lstsq"  # lstsq has nobody to show residual norms to
+        plan = Plan.of(*known, shown, differentiated(*params, w, d2, block, start))
     return Problem(
         plan,
         params,

@@ -169,7 +169,10 @@ def gradient_agreement(report: Report, ax: Any = None) -> Any:
     """
     rows = report.rows
     if not rows:
-        raise ValueError("gradient_agreement: the report has no rows; nothing was compared.")
+        raise ValueError(
+            "gradient_agreement: the report must have rows; got none. Pass what cross_check or "
+            "compare returned."
+        )
     ax = _axes(ax)
     names = list(dict.fromkeys(row.quantity for row in rows))
     given = np.array([row.error for row in rows], float)
@@ -303,7 +306,10 @@ def _history(history: Any, quantity: str) -> tuple[np.ndarray, np.ndarray, str]:
     else:
         values, name = _numbers(history), ""
     if values.size == 0 or values.ndim == 0:
-        raise ValueError("convergence: the history is empty; it needs one value per step at least.")
+        raise ValueError(
+            "convergence: the history must have one value per step; got none. Collect it in a "
+            "callback, or pass a descent made with history=True."
+        )
     return np.arange(first, first + len(values)), values.reshape(len(values), -1), name
 
 
@@ -320,6 +326,9 @@ def _entries(A: Any) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
         return A.row, A.col, A.shape
     dense = A.detach().cpu().numpy() if isinstance(A, Tensor) else np.asarray(A)
     if dense.ndim != 2:
-        raise ValueError(f"sparsity: A must be one matrix (m, n); got shape {dense.shape}.")
+        raise ValueError(
+            f"sparsity: A must be one matrix (m, n); got shape {dense.shape}. Pass one member of "
+            "a batch, A[0]."
+        )
     row, col = np.nonzero(dense)
     return row, col, dense.shape

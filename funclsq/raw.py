@@ -28,6 +28,7 @@ from funclsq.info import INFO, report, residual_norms, table
 from funclsq.kept import Entry, Key
 from funclsq.methods import registry
 from funclsq.methods._protocol import Options
+from funclsq.methods.auto import PreparedAuto
 from funclsq.operators import Operator
 from funclsq.range import column_range, exponent, extreme, power, representable, shifted, within
 from funclsq.solution import Status
@@ -70,6 +71,8 @@ class Plan:
         Whether NaN and Inf in the input are errors.
     residuals : bool
         Whether anybody reads the residual norms; if not, they are computed for a failure only.
+    differentiated : bool
+        Whether derivatives are likely to follow: a method that is chosen may be another one.
     """
 
     structure: Any
@@ -79,6 +82,7 @@ class Plan:
     on_failure: str = "warn"
     check_finite: bool = True
     residuals: bool = True
+    differentiated: bool = False
     handle: int = dataclasses.field(default_factory=lambda: next(_counter), compare=False)
 
     @property
@@ -165,6 +169,8 @@ def _prepare(
         damp = None if damp is None else damp * alpha
     full = plan.full_rank or (d2 is not None and bool((d2 > 0).all()))
     prepared = registry.prepare(weighted, damp, plan.options, full)
+    if plan.differentiated and isinstance(prepared, PreparedAuto):
+        prepared.expect_derivatives()
     entry = Entry(plan.key, copies, op, prepared, shift, checked=check)
     kept.keep(entry, found_by)
     return entry

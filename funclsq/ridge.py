@@ -88,7 +88,10 @@ def ridge_path(A: Any, b: Tensor, damp: Tensor, **options: Any) -> RidgePath:
     (torch.Size([9, 3]), True)
     """
     if b.ndim != 1:
-        raise ValueError(f"ridge_path: b must be a vector (m,); got shape {tuple(b.shape)}.")
+        raise ValueError(
+            f"ridge_path: b must be a vector (m,); got shape {tuple(b.shape)}. Call it once for "
+            "each column, b[:, i]."
+        )
     flat = damp.detach()
     if damp.ndim != 1 or len(damp) < 5 or bool((flat <= 0).any() | (flat.diff() <= 0).any()):
         raise ValueError(

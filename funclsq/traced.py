@@ -43,9 +43,15 @@ def traced_structure(shape: Any, pattern: SparsityPattern | None) -> TracedStruc
 
 
 def traced_plan(
-    structure: Any, settings: Any, full_rank: bool, damped: bool, on_failure: str, check: bool
+    structure: Any,
+    settings: Any,
+    full_rank: bool,
+    damped: bool,
+    on_failure: str,
+    check: bool,
+    wanted: bool,
 ) -> TracedPlan:
-    """Settle the plan of a solve that is being traced."""
+    """Settle the plan of a solve that is being traced; ``wanted``: derivatives will follow."""
     if not isinstance(structure, TracedStructure):
         raise TypeError(
             "lstsq: under torch.compile A must be a dense tensor or a funclsq.Sparse made "
@@ -56,12 +62,12 @@ def traced_plan(
     pattern = 0 if structure.pattern is None else structure.pattern.handle
     m, n = structure.shape
     handle = _plan_handle(
-        pattern, m, n, settings.solver, settings.given, full_rank, damped, on_failure, check
+        pattern, m, n, settings.solver, settings.given, full_rank, damped, on_failure, check, wanted
     )
     return TracedPlan(handle, structure, full_rank or damped)
 
 
-def _plan_handle(pattern, m, n, solver, given, full_rank, damped, on_failure, check) -> int:
+def _plan_handle(pattern, m, n, solver, given, full_rank, damped, on_failure, check, wanted) -> int:
     levels = torch._C._functorch.get_interpreter_stack() or ()
     forward = any(level.key() == torch._C._functorch.TransformType.Jvp for level in levels)
     if forward or fwAD._current_level >= 0:
@@ -74,7 +80,7 @@ def _plan_handle(pattern, m, n, solver, given, full_rank, damped, on_failure, ch
     if pattern:
         structure = SparseStructure(pattern_of_handle(pattern))
     options = Options(solver=solver, **dict(given))
-    plan = Plan.of(structure, options, full_rank, damped, on_failure, check)
+    plan = Plan.of(structure, options, full_rank, damped, on_failure, check, True, wanted)
     _kept[plan.handle] = plan
     return plan.handle
 

@@ -164,3 +164,29 @@ def test_the_watch_tells_steady_from_slowing():
     assert run(lambda count: 0.995) == auto.CHECK_EVERY
     assert run(lambda count: 0.6 if count < 6 else 0.97) <= 3 * auto.CHECK_EVERY
     assert run(lambda count: 1.001) == auto.CHECK_EVERY
+
+
+def test_derivatives_to_come_weigh_for_a_factor():
+    """The same matrix, with a loose tolerance: iterated on for x alone, factored for a gradient."""
+    A = _random(3000, 500, 5, seed=2)
+    A = sp.hstack([A, A + _random(3000, 500, 5, seed=3) / 4]).tocsr()
+    S, b = fl.SparsityPattern(*A.tocoo().coords, A.shape), _sizes(A)
+    fresh = (torch.from_numpy(A.data * (1 + i / 64)) for i in range(10))
+
+    def choice(values):
+        return fl.solve(fl.Sparse(S, values), b, atol=1e-4, btol=1e-4).solver
+
+    seen = []
+
+    def loss(values):
+        sol = fl.solve(fl.Sparse(S, values), b, atol=1e-4, btol=1e-4)
+        seen.append(sol.solver)
+        return sol.x.square().sum()
+
+    assert choice(next(fresh)) == "lsmr"
+    assert choice(next(fresh).requires_grad_()) == "cholesky"
+    with torch.no_grad():
+        assert choice(next(fresh).requires_grad_()) == "lsmr"
+    torch.func.grad(loss)(next(fresh))
+    torch.func.jvp(loss, (next(fresh),), (torch.ones(A.nnz, dtype=torch.float64),))
+    assert seen == ["cholesky", "cholesky"]

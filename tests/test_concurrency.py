@@ -205,6 +205,7 @@ class Problems(torch.utils.data.Dataset):
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on one CPU
 def test_data_loader_workers(context):
     data = Problems()
     here = torch.stack([data[i] for i in range(len(data))])

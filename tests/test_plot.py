@@ -70,7 +70,7 @@ def test_convergence_without_a_history_says_so(ax):
     A = torch.eye(3, 2)
     with pytest.raises(ValueError, match="history=True"):
         plot.convergence(fl.solvers.gradient_descent(A, torch.ones(3)), ax)
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="must have one value per step; got none"):
         plot.convergence([], ax)
 
 
@@ -153,7 +153,7 @@ def test_agreement_shows_an_error_of_zero(ax):
 
 
 def test_agreement_of_nothing_is_refused(ax):
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="must have rows; got none"):
         plot.gradient_agreement(Report("none", ()), ax)
 
 

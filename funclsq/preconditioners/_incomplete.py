@@ -103,9 +103,15 @@ def incomplete(
     True
     """
     if not (isinstance(drop, (int, float)) and 0 <= drop < 1):
-        raise ValueError(f"{_NAME}: drop must be a number in [0, 1); got {drop!r}.")
+        raise ValueError(
+            f"{_NAME}: drop must be a number in [0, 1); got {drop!r}. 0.01 is a good start, less "
+            "keeps more."
+        )
     if not (isinstance(fill, (int, float)) and fill >= 1):
-        raise ValueError(f"{_NAME}: fill must be a number >= 1; got {fill!r}.")
+        raise ValueError(
+            f"{_NAME}: fill must be a number >= 1; got {fill!r}. It is the size of the factor in "
+            "multiples of A^H A; 10 is a good start."
+        )
     given = take_in(_NAME, A, damp, weights)
     L, order = _factor(_normal(given), float(drop), float(fill))
     scale = given.scale.numpy()[order]

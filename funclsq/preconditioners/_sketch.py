@@ -99,7 +99,10 @@ def sketch(
         ("seed", seed, 0),
     ):
         if not isinstance(value, (int, np.integer)) or value < least:
-            raise ValueError(f"{_NAME}: {what} must be an int >= {least}; got {value!r}.")
+            raise ValueError(
+                f"{_NAME}: {what} must be an int >= {least}; got {value!r}. Leave it out for the "
+                "default."
+            )
     given = take_in(_NAME, A, damp, weights)
     m, n = given.shape
     each = -(-oversampling * n // nnz_per_row)  # rows of S in each of its groups

@@ -34,6 +34,7 @@ FULL = (
     "random-64",
     "grid",
     "grid-160k",
+    "grid-rows",
     "bundle",
     "one-hot",
     "terrain",

@@ -370,6 +370,7 @@ CONTESTANTS: dict[str, Contestant] = {
         Contestant("funclsq", ours),
         Contestant("funclsq at this error", ours, LADDER),
         Contestant("funclsq lsmr", _with(ours, solver="lsmr", rank="full"), LADDER),
+        Contestant("funclsq lsmr, rank unknown", _with(ours, solver="lsmr"), LADDER),
         Contestant("funclsq lsqr", _with(ours, solver="lsqr", rank="full"), LADDER),
         Contestant("funclsq cgls", _with(ours, solver="cgls", rank="full"), LADDER),
         Contestant("funclsq cholesky", _with(ours, solver="cholesky")),

@@ -97,6 +97,12 @@ def grid(side: int) -> sp.csr_array:
     return _csr(sp.vstack([sp.kron(D, eye), sp.kron(eye, D)]))
 
 
+def with_full_rows(A: sp.csr_array, count: int, seed: int = 0) -> sp.csr_array:
+    """A few rows with an entry in every column below A: constraints on sums."""
+    rows = np.random.default_rng(seed).standard_normal((count, A.shape[1]))
+    return _csr(sp.vstack([A, sp.csr_array(rows / np.sqrt(A.shape[1]))]))
+
+
 def bundle(cameras: int, points: int, seen: int, seed: int = 0) -> sp.csr_array:
     """Jacobian of bundle adjustment: rows of 9 camera and 3 point unknowns; 1e-3 I added below."""
     rng = np.random.default_rng(seed)
@@ -261,7 +267,7 @@ def reference(problem: Problem, data: Data) -> tuple[np.ndarray, np.ndarray, np.
 def _rough_inverse(S: sp.csr_array, damp: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """(S^T S + damp^2)^-1 to some digits."""
     m, n = S.shape
-    if S.nnz**2 / max(m, n) < 2e8:  # pairs of entries that meet in a row of the longer side
+    if int((np.diff(S.indptr).astype(np.int64) ** 2).sum()) < 2e8:  # pairs that meet in a row
         N = (S.T @ S + sp.diags_array(damp**2)).tocsc()
         return scipy.sparse.linalg.splu(
             N, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True}
@@ -301,6 +307,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "random-64": lambda: Problem("random, k = 64", random_rows(20_000, 2000, 10), k=64),
     "grid": lambda: Problem("grid 40k, damped", grid(200), damp=0.01),
     "grid-160k": lambda: Problem("grid 160k, damped", grid(400), damp=0.01),
+    "grid-rows": lambda: Problem("grid 40k + 5 full rows", with_full_rows(grid(200), 5), damp=0.01),
     "bundle": lambda: Problem("bundle adjustment", bundle(40, 3000, 5)),
     "one-hot": lambda: Problem("one-hot regression", one_hot(50_000, (800, 300, 40))),
     "terrain": lambda: Problem("terrain", terrain(60_000, 120)),
