@@ -24,6 +24,7 @@ from funclsq.solution import Status, describe
 __all__ = ["INFO", "assumed_deficient", "report", "residual_norms", "table"]
 
 INFO = 8
+_ABSENT = (-1.0, math.nan, 1.0, 0.0)  # stands for facts that a method does not know
 _GOOD = np.zeros(max(Status) + 1, dtype=bool)
 _GOOD[[int(status) for status in Status if status.converged]] = True
 
@@ -48,23 +49,29 @@ def table(
     """
     shape = (*x.shape[:-2], x.shape[-1], INFO)
     real = x.real.dtype if x.is_complex() else x.dtype
-    cpu = x.device.type == "cpu"
-    info: Any = torch.empty(shape, dtype=real, device=x.device)
-    out, as_is = (info.numpy(), _array) if cpu else (info, _column)
-    out[..., 0], out[..., 1] = as_is(status, info), as_is(iterations, info)
-    if norms is None:
-        out[..., 2:4] = math.nan
-    else:
-        out[..., 2], out[..., 3] = (as_is(t, info) for t in norms)
     facts = (prepared.rank, prepared.cond, assumed_deficient(prepared), prepared.method)
-    for slot, (value, absent) in enumerate(zip(facts, (-1.0, math.nan, 1.0, 0.0)), 4):
-        if value is None:
-            value = absent
-        elif isinstance(value, Tensor):
-            value = as_is(value.unsqueeze(-1) if value.ndim else value, info)
+    values = [status, iterations, *((math.nan, math.nan) if norms is None else norms)]
+    values += [absent if fact is None else fact for fact, absent in zip(facts, _ABSENT)]
+    if math.prod(shape) == INFO and x.device.type == "cpu":
+        return _one_row(x, values, shape, norms is not None, checked)
+    info: Any = torch.empty(shape, dtype=real, device=x.device)
+    out, as_is = (info.numpy(), _array) if x.device.type == "cpu" else (info, _column)
+    for slot, value in enumerate(values):
+        if isinstance(value, Tensor):
+            one_per_matrix = slot >= 4 and value.ndim > 0
+            value = as_is(value.unsqueeze(-1) if one_per_matrix else value, info)
         out[..., slot] = value
     if checked:
         _mark_nonfinite(x, info, norms is not None)
+    return info
+
+
+def _one_row(x: Tensor, values: list[Any], shape: Any, norms: bool, checked: bool) -> Tensor:
+    row = [value.item() if isinstance(value, Tensor) else value for value in values]
+    real = np.float32 if x.dtype in (torch.float32, torch.complex64) else np.float64
+    info = torch.from_numpy(np.array(row, real).reshape(shape))
+    if checked and not (finite(x) and (math.isfinite(row[2]) or not norms)):
+        _mark_nonfinite(x, info, norms)
     return info
 
 
@@ -77,8 +84,7 @@ def _column(t: Tensor, like: Tensor) -> Tensor:
 
 
 def _mark_nonfinite(x: Tensor, info: Tensor, norms: bool) -> None:
-    looked_at = (x, info[..., 2]) if norms else (x,)
-    if x.device.type == "cpu" and all(map(finite, looked_at)):
+    if x.device.type == "cpu" and finite(x) and (not norms or finite(info[..., 2])):
         return
     bad = ~torch.isfinite(x).all(-2)
     if norms:
@@ -88,6 +94,7 @@ def _mark_nonfinite(x: Tensor, info: Tensor, norms: bool) -> None:
 
 def residual_norms(op: Any, w: Any, d2: Any, c: Any, g: Any, x: Any, ax: Any) -> Any:
     """||W^(1/2) r|| and ||A^H W r + g - D2 x|| for r = c - A x, per column."""
+    ax = op.mv(x) if ax is None else ax
     r = -ax if c is None else c - ax
     normal = op.rmv(r if w is None else r * w.unsqueeze(-1))
     if g is not None:
@@ -116,7 +123,7 @@ def report(on_failure: str, info: Tensor, norms: Any) -> None:
     """Warn or raise if a solve did not converge; ``norms()`` gives norms that are still missing."""
     if on_failure == "ignore":
         return
-    codes = info[..., 0].cpu().numpy().astype(int)
+    codes = info.cpu().numpy()[..., 0].astype(int)
     if _GOOD[codes].all():
         return
     if bool(info[..., 2].isnan().any()):

@@ -22,7 +22,7 @@ from funclsq import spare
 from funclsq.methods._protocol import Prepared
 from funclsq.operators import Operator
 
-__all__ = ["Entry", "Key", "clear", "fingerprint", "keep", "lookup", "pin"]
+__all__ = ["Entry", "Key", "clear", "fingerprint", "keep", "lookup", "new", "pin"]
 
 _ENTRIES = 16
 _BYTES = 1 << 30
@@ -32,6 +32,7 @@ _lock = threading.RLock()
 _counter = itertools.count(1)
 _recent: collections.OrderedDict[int, Entry] = collections.OrderedDict()
 _index: dict[Any, list[Entry]] = {}
+_seen: collections.OrderedDict[Any, None] = collections.OrderedDict()  # fingerprints
 _pinned: weakref.WeakSet[Entry] = weakref.WeakSet()
 
 
@@ -125,6 +126,17 @@ def _forget(entry: Entry) -> None:
         del _index[entry.found_by]
 
 
+def new(found_by: Any) -> bool:
+    """Whether no data with this fingerprint was seen lately; now it has been."""
+    with _lock:
+        known = found_by in _seen
+        _seen[found_by] = None
+        _seen.move_to_end(found_by)
+        while len(_seen) > _ENTRIES:
+            _seen.popitem(last=False)
+    return not known
+
+
 def pin(entry: Entry) -> None:
     """Find this entry as long as somebody holds it."""
     with _lock:
@@ -136,4 +148,5 @@ def clear() -> None:
     with _lock:
         _recent.clear()
         _index.clear()
+        _seen.clear()
     spare.clear()

@@ -32,7 +32,7 @@ from funclsq.methods.auto import PreparedAuto
 from funclsq.operators import Operator
 from funclsq.range import column_range, exponent, extreme, power, representable, shifted, within
 from funclsq.solution import Status
-from funclsq.spare import copied
+from funclsq.spare import copied, is_large
 
 __all__ = ["INFO", "NotFiniteError", "Plan", "clear_cache", "raw_solve", "solver_calls"]
 
@@ -132,9 +132,17 @@ def solver_calls() -> int:
 
 
 def _prepare(
-    plan: Plan, params: tuple[Tensor, ...], w: Tensor | None, d2: Tensor | None, check: bool
+    plan: Plan,
+    params: tuple[Tensor, ...],
+    w: Tensor | None,
+    d2: Tensor | None,
+    check: bool,
+    once: bool = False,
 ) -> Entry:
-    """Find or make the method prepared for these values; what is found has been checked."""
+    """Find or make the method prepared for these values; what is found has been checked.
+
+    ``once``: large values that were not seen lately are used where they lie, and not kept.
+    """
     data = (*params, w, d2)
     found_by = kept.fingerprint(plan.key, data)
     entry = kept.lookup(plan.key, data, found_by)
@@ -153,7 +161,8 @@ def _prepare(
     if entry is not None:
         entry.checked = True
         return entry
-    copies = tuple(None if t is None else copied(t) for t in data)
+    keep = not (once and is_large(params[0]) and kept.new(found_by))
+    copies = tuple(None if t is None else copied(t) if keep else t for t in data)
     op = plan.structure.bind(copies[: len(params)])
     root = None if w is None else w.sqrt()
     damp = None if d2 is None else d2.sqrt()
@@ -172,7 +181,8 @@ def _prepare(
     if plan.differentiated and isinstance(prepared, PreparedAuto):
         prepared.expect_derivatives()
     entry = Entry(plan.key, copies, op, prepared, shift, checked=check)
-    kept.keep(entry, found_by)
+    if keep:
+        kept.keep(entry, found_by)
     return entry
 
 
@@ -236,20 +246,23 @@ def raw_solve(
     norms: bool = True,
     need_x: bool = True,
     check: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_ax: bool = True,
+) -> tuple[Tensor, Any, Tensor]:
     """x = G^+ (A^H W c + g), ax = A x and the info table; shapes as in ``derivatives``.
 
     ``norms`` marks the solve that a user asked for: input is checked (``check`` overrides that)
     and residual norms are computed; derivative solves skip what they do not need. With
-    ``need_x`` false and c absent only ax is wanted, and x may be left zero.
+    ``need_x`` false and c absent only ax is wanted, and x may be left zero. With ``need_ax``
+    false, which says that no derivative follows, ax may be None, and nothing large is copied in
+    order to be found again, unless the same values come a second time.
     """
     if check is None:
         check = norms and plan.check_finite
     with torch.no_grad():
-        return _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x, check)
+        return _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x, check, need_ax)
 
 
-def _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x, check):
+def _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x, check, need_ax):
     global _made
     m, n = plan.structure.shape
     some = c if c is not None else g
@@ -277,7 +290,8 @@ def _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x, check):
         c, g = (_fold(t, batch) for t in (c, g))
     elif batch is not None:
         c, g = (t if t is None else t.expand(batch, *t.shape[-2:]) for t in (c, g))
-    entry = _prepare(plan, params, w, d2, check)
+    once = not need_ax and not callable(plan.options.solver)  # a user's solver may keep its A
+    entry = _prepare(plan, params, w, d2, check, once)
     if gate is not None and not deficiency(entry):
         return _skipped(some, lead, m, n, k, real)
     _made += 1
@@ -299,15 +313,15 @@ def _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x, check):
             c_in, g_in, _, back = _in_range(entry.shift, weighted, g)
         result = entry.prepared.solve(c_in, g_in)
         x = result.x if back is None else shifted(result.x, back)
-        ax = entry.op.mv(x)
+        ax = entry.op.mv(x) if need_ax else None
     found = functools.partial(residual_norms, entry.op, w, d2, c, g, x, ax)
     known = found() if norms and plan.residuals else None
     info = table(x, result.status, result.iterations, known, entry.prepared, True)
     report(plan.on_failure, info, found if norms else lambda: None)
     if folded:
-        x, ax = (t.unflatten(1, (*lead, -1)).movedim(1, 0) for t in (x, ax))
+        x, ax = (t if t is None else t.unflatten(1, (*lead, -1)).movedim(1, 0) for t in (x, ax))
         info = info.unflatten(0, (*lead, -1))
-    return x.contiguous(), ax.contiguous(), info
+    return x.contiguous(), None if ax is None else ax.contiguous(), info
 
 
 def _in_range(shift: Tensor | None, c: Tensor | None, g: Tensor | None) -> tuple[Any, ...]:

@@ -12,48 +12,53 @@ import math
 import threading
 import weakref
 
-import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["clear", "copied"]
+__all__ = ["clear", "copied", "is_large"]
 
 _LARGE = 1 << 22  # bytes from which it is worth it
 _PIECES = 4
 _BYTES = 1 << 28
 
 _lock = threading.RLock()  # a finalizer may run wherever memory is allocated
-_spare: collections.deque[np.ndarray] = collections.deque()
+_spare: collections.deque[Tensor] = collections.deque()
+
+
+def is_large(t: Tensor) -> bool:
+    """Whether a copy of t is dear, and its memory worth keeping."""
+    return t.nbytes >= _LARGE and t.device.type == "cpu"
 
 
 def copied(t: Tensor) -> Tensor:
     """Copy a plain tensor."""
     t = t.detach()
-    if t.device.type != "cpu" or t.nbytes < _LARGE or t.is_conj() or t.is_neg():
+    if not is_large(t) or t.is_conj() or t.is_neg():
         return t.clone()
     size = math.prod(t.shape) * t.element_size()
     memory = _take(size)
-    owner = memory[:]  # torch holds this view for as long as any tensor uses the memory
+    owner = memory.numpy()[:]  # torch holds this view for as long as any tensor uses the memory
     weakref.finalize(owner, _give_back, memory).atexit = False
     return torch.from_numpy(owner).view(t.dtype).view(t.shape).copy_(t)
 
 
-def _take(size: int) -> np.ndarray:
+def _take(size: int) -> Tensor:
     with _lock:
         for memory in _spare:
             if memory.nbytes == size:
                 _remove(memory)
                 return memory
-    return np.empty(size, np.uint8)
+    # torch's allocator, since NumPy's asks for huge pages, which some systems are slow to find
+    return torch.empty(size, dtype=torch.uint8)
 
 
-def _remove(memory: np.ndarray) -> None:
+def _remove(memory: Tensor) -> None:
     rest = [m for m in _spare if m is not memory]
     _spare.clear()
     _spare.extend(rest)
 
 
-def _give_back(memory: np.ndarray) -> None:
+def _give_back(memory: Tensor) -> None:
     with _lock:
         _spare.append(memory)
         while len(_spare) > _PIECES or sum(m.nbytes for m in _spare) > _BYTES:

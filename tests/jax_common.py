@@ -24,6 +24,12 @@ def draw(rng, *shape, complex_=False):
     return jnp.asarray(a + 1j * rng.standard_normal(shape) if complex_ else a)
 
 
+def problem(m=6, n=3, dtype=np.float64, seed=0):
+    rng = np.random.default_rng(seed)
+    A, b = rng.standard_normal((m, n)), rng.standard_normal(m)
+    return jnp.asarray(A.astype(dtype)), jnp.asarray(b.astype(dtype))
+
+
 def loss(h):
     return lambda *args: jnp.sin(h(*args)).sum()
 

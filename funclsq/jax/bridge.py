@@ -15,6 +15,7 @@ Rules that every host function keeps:
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -70,35 +71,36 @@ def host_call(
     """
     lowered()
     results = tuple(results)
+    small = sum(math.prod(t.shape) * t.dtype.itemsize for t in (*operands, *results)) < SMALL
     if how == "buffer_callback":
-        call = buffer_callback(functools.partial(_on_buffers, host), results)
+        call = buffer_callback(functools.partial(_on_buffers, host, small), results)
         return tuple(call(*operands))
     _announce()
     return tuple(
-        jax.pure_callback(functools.partial(_on_copies, host, results), results, *operands)
+        jax.pure_callback(functools.partial(_on_copies, host, small, results), results, *operands)
     )
 
 
-def _on_buffers(host: Host, _: Any, outputs: Sequence[Any], *inputs: Any) -> None:
+def _on_buffers(host: Host, small: bool, _: Any, outputs: Sequence[Any], *inputs: Any) -> None:
     views = [from_dlpack(b.__dlpack__()) for b in inputs]
     targets = [from_dlpack(b.__dlpack__()) for b in outputs]
-    _run(host, targets, views)
+    _run(host, small, targets, views)
 
 
-def _on_copies(host: Host, results: Any, *inputs: Any) -> tuple[np.ndarray, ...]:
+def _on_copies(host: Host, small: bool, results: Any, *inputs: Any) -> tuple[np.ndarray, ...]:
     arrays = tuple(np.empty(r.shape, r.dtype) for r in results)
     views = [torch.from_numpy(np.require(a, requirements=["C", "A", "W"])) for a in inputs]
-    _run(host, [torch.from_numpy(a) for a in arrays], views)
+    _run(host, small, [torch.from_numpy(a) for a in arrays], views)
     return arrays
 
 
-def _run(host: Host, targets: list[Tensor], views: list[Tensor]) -> None:
+def _run(host: Host, small: bool, targets: list[Tensor], views: list[Tensor]) -> None:
     """Run the host function, counted, and on one torch thread if the problem is small.
 
     Waking more threads costs more than they save there; the setting is this thread's own.
     """
-    threads = torch.get_num_threads()
-    alone = threads > 1 and sum(t.nbytes for t in views) + sum(t.nbytes for t in targets) < SMALL
+    threads = torch.get_num_threads() if small else 1
+    alone = threads > 1
     begin()
     try:
         if alone:

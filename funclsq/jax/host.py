@@ -21,8 +21,8 @@ _WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 class HostSolve:
     """A solve as a host function.
 
-    It writes (x, A x, info, deficient); NaN and a status for members and columns whose input is
-    not finite.
+    It writes the results that the problem names; NaN and a status for members and columns whose
+    input is not finite.
 
     Parameters
     ----------
@@ -38,51 +38,57 @@ class HostSolve:
         self._aux = self._params + len(problem.structure.aux_ndims)
         rank = itertools.count(self._aux)
         self._slots = [next(rank) if present else None for present in has]
+        self._needs = ("x" in problem.results, "ax" in problem.results)
         self._plan: Plan | None = None
 
     def _plan_for(self, structure: Any) -> Plan:
         if self._plan is None or self._plan.structure is not structure:
             p = self._problem
             fixed = (p.options, p.full_rank, p.damped, _on_failure(p), p.check_finite)
-            self._plan = Plan.of(structure, *fixed, p.residuals)
+            self._plan = Plan.of(structure, *fixed, p.residuals, "ax" in p.results)
         return self._plan
 
     def __call__(self, outputs: Any, inputs: Any) -> None:
         """Solve, from views of JAX's arrays to views of JAX's results."""
         problem = self._problem
-        x, ax, info, deficient = outputs
         w, d2, c, g, gate = (None if i is None else inputs[i] for i in self._slots)
         if gate is not None and not bool(gate.any()):
-            for t in outputs:
-                t.zero_()
-            info[..., 0] = int(Status.SKIPPED)
+            self._skip(outputs)
             return
         params, aux = tuple(inputs[: self._params]), inputs[self._params : self._aux]
         structure, params = problem.structure.host(params, aux)
         if problem.compute_dtype == "float64":
             params = tuple(map(_widen, params))
             w, d2, c, g = map(_widen, (w, d2, c, g))
-        plan, primary = self._plan_for(structure), problem.primary
-        bad = None
+        plan, (need_x, need_ax), bad = self._plan_for(structure), self._needs, None
+        primary, check = problem.primary, problem.check_finite
         try:
-            found = raw_solve(plan, params, w, d2, c, g, gate, primary, True, problem.check_finite)
+            found = raw_solve(plan, params, w, d2, c, g, gate, primary, need_x, check, need_ax)
         except NotFiniteError:
             params, w, d2, c, g, bad = _repair(structure, params, w, d2, c, g)
-            found = raw_solve(plan, params, w, d2, c, g, gate, primary, True, False)
-        x.copy_(found[0])
-        ax.copy_(found[1])
-        if info.dtype == found[2].dtype:
-            torch.nan_to_num(found[2], nan=-1.0, out=info)
-        else:
-            info.copy_(found[2].nan_to_num_(nan=-1.0))
-        deficient.copy_(info[..., 0, 6] if info.shape[-2] else torch.zeros(()))
+            found = raw_solve(plan, params, w, d2, c, g, gate, primary, need_x, False, need_ax)
+        out = dict(zip(problem.results, outputs))
+        for name, value in zip(("x", "ax"), found):
+            if name in out:
+                out[name].copy_(value)
+        info = found[2]
+        if "deficient" in out:
+            out["deficient"].copy_(info[..., 0, 6] if info.shape[-2] else torch.zeros(()))
+        if "info" in out:
+            out["info"].copy_(info.nan_to_num_(nan=-1.0))
         if gate is not None and gate.ndim:
             off = gate == 0
-            for t in (x, ax):
-                t.masked_fill_(off[:, None, None], 0.0)
-            deficient.masked_fill_(off, 0.0)
+            for name, t in out.items():
+                if name != "info":
+                    t.masked_fill_(off if name == "deficient" else off[:, None, None], 0.0)
         if bad is not None:
-            _spoil(problem, bad, x, ax, info)
+            _spoil(problem, bad.expand(info.shape[:-1]), out)
+
+    def _skip(self, outputs: Any) -> None:
+        for name, t in zip(self._problem.results, outputs):
+            t.zero_()
+            if name == "info":
+                t[..., 0] = int(Status.SKIPPED)
 
 
 def _on_failure(problem: Any) -> str:
@@ -119,14 +125,15 @@ def _clean(t: Tensor | None) -> Tensor | None:
     return None if t is None else torch.nan_to_num(t, 0.0, 0.0, 0.0)
 
 
-def _spoil(problem, bad, x, ax, info):
-    bad = bad.expand(info.shape[:-1])
-    for t in (x, ax):
-        t.masked_fill_(bad.unsqueeze(-2), torch.nan)
+def _spoil(problem, bad, out):
+    for name in ("x", "ax"):
+        if name in out:
+            out[name].masked_fill_(bad.unsqueeze(-2), torch.nan)
     if not bool(bad.any()):
         return
-    info[..., 0].masked_fill_(bad, float(Status.NONFINITE))
-    info[..., 2:4].masked_fill_(bad.unsqueeze(-1), -1.0)
+    if "info" in out:
+        out["info"][..., 0].masked_fill_(bad, float(Status.NONFINITE))
+        out["info"][..., 2:4].masked_fill_(bad.unsqueeze(-1), -1.0)
     if problem.primary and problem.on_failure == "warn":
         warnings.warn(
             f"NONFINITE: {int(bad.sum())} of {bad.numel()} solves had NaN or Inf in A, b, damp or "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import warnings
@@ -199,14 +198,14 @@ def _run(call: Call, arrays: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
     if lead and not members:  # one problem: the batch of b is more columns
         count, m, width = c.shape
         c = jnp.moveaxis(c, 0, 1).reshape(m, count * width)
-    problem = dataclasses.replace(call.problem, primary=True)
-    x, _, info, _ = S(problem, Operands(params, arrays["aux"], w, d2, c))
+    x, *info = S(call.problem, Operands(params, arrays["aux"], w, d2, c))
     if lead and not members:
         x = jnp.moveaxis(x.reshape(n, count, width), 1, 0)
-        info = info.reshape(count, width, -1)
+        info = [t.reshape(count, width, -1) for t in info]
     if x0 is not None:
         x = x0 + x
-    return _restore(call, x, k), _table(_restore_info(call, info, k))
+    table = _table(_restore_info(call, info[0], k)) if info else ()
+    return _restore(call, x, k), table
 
 
 def _spread(t, core):

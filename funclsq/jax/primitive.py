@@ -15,6 +15,8 @@ reverse mode. T(dA n_g) and u vanish where G is invertible; they are *gated*: S 
 operand (the ``deficient`` of the problem, 0 or 1) returns zeros without a solve where it is 0, so
 the rules are the same whether or not A is deficient, under ``jit`` and ``vmap`` too.
 
+A problem names the ``results`` that somebody reads: each costs a buffer and a copy.
+
 Transpose, for cotangents (k, k_ax), without conjugation as JAX wants it: let
 (z, az) = S(-; conj(k) + A^H conj(k_ax)); then g_bar = conj(z) and c_bar = conj(W az).
 
@@ -39,7 +41,9 @@ from funclsq.jax.rules import abstract, eager, no_tangent, vary
 from funclsq.methods._protocol import Options
 from funclsq.raw import INFO
 
-__all__ = ["Operands", "Problem", "S"]
+__all__ = ["RESULTS", "Operands", "Problem", "S"]
+
+RESULTS = ("x", "ax", "info", "deficient")
 
 solve_p = Primitive("funclsq_lstsq")
 solve_p.multiple_results = True
@@ -59,6 +63,7 @@ class Problem:
     how: str = "buffer_callback"
     residuals: bool = True  # somebody may read the residual norms
     primary: bool = False  # the solve that was asked for, not one that a derivative needs
+    results: tuple[str, ...] = RESULTS
 
     @property
     def nonsingular(self) -> bool:
@@ -93,10 +98,13 @@ class Operands(NamedTuple):
         return cls(tuple(flat[:a]), tuple(flat[a:b]), *optional)
 
 
-def S(problem: Problem, operands: Operands) -> tuple[Any, Any, Any, Any]:
-    """Apply the primitive: (x, A x, info, deficient)."""
+def S(problem: Problem, operands: Operands, *results: str) -> Any:
+    """Apply the primitive; the results named (by default those of the problem), one bare."""
+    if results:
+        problem = dataclasses.replace(problem, results=results)
     flat, has = operands.flatten()
-    return tuple(solve_p.bind(*vary(flat), problem=problem, has=has))
+    out = solve_p.bind(*vary(flat), problem=problem, has=has)
+    return out[0] if len(results) == 1 else tuple(out)
 
 
 def _core_ndims(structure: Any, has: tuple[bool, ...]) -> list[int]:
@@ -113,12 +121,13 @@ def _results(flat, problem, has):
     lead = next(((t.shape[0],) for t, d in zip(flat, cores) if t.ndim > d), ())
     k = some.shape[-1]
     real = jnp.finfo(some.dtype).dtype
-    return (
-        ((*lead, n, k), some.dtype),
-        ((*lead, m, k), some.dtype),
-        ((*lead, k, INFO), real),
-        (lead, real),
-    )
+    every = {
+        "x": ((*lead, n, k), some.dtype),
+        "ax": ((*lead, m, k), some.dtype),
+        "info": ((*lead, k, INFO), real),
+        "deficient": (lead, real),
+    }
+    return [every[name] for name in problem.results]
 
 
 @solve_p.def_abstract_eval
@@ -132,7 +141,8 @@ solve_p.def_impl(eager(solve_p))
 def _lower(how, *flat, problem, has):
     ops = Operands.unflatten(problem.structure, has, flat)
     if problem.structure.solves_in_jax:
-        return problem.structure.solve(problem, ops)
+        every = dict(zip(RESULTS, problem.structure.solve(problem, ops)))
+        return tuple(every[name] for name in problem.results)
     results = [jax.ShapeDtypeStruct(s, d) for s, d in _results(flat, problem, has)]
     return host_call(HostSolve(problem, has), results, flat, how or problem.how)
 
@@ -165,7 +175,8 @@ def _jvp(primals, tangents, *, problem, has):
     A = problem.structure
     ops = Operands.unflatten(A, has, primals)
     dots = Operands.unflatten(A, has, tangents)
-    out = x, ax, _, deficient = S(problem, ops)
+    every = x, ax, _, deficient = S(problem, ops, *RESULTS)
+    out = [every[RESULTS.index(name)] for name in problem.results]
     still = [no_tangent(t) for t in out]
     derived = dataclasses.replace(problem, primary=False)
     params, aux, w, d2, c, g, gate = ops
@@ -181,13 +192,13 @@ def _jvp(primals, tangents, *, problem, has):
             if g is not None:
                 n_g = g + A.rmv(params, aux, _rows(w, r)) - (0 if d2 is None else _rows(d2, x))
                 n_g = jnp.where(deficient[..., None, None] > 0, n_g, 0)
-                bottom.append(solve(c=A.mv_dot(params, params_dot, aux, n_g))[0])
-            au = solve(g=x)[1]
+                bottom.append(solve("x", c=A.mv_dot(params, params_dot, aux, n_g)))
+            au = solve("ax", g=x)
             v = A.rmv_dot(params, params_dot, aux, _rows(w, au))
             # One projection leaves eps cond^2 |v| of the range behind; the main solve makes
             # the second.
             image = A.mv(params, aux, v)
-            v = v - solve(c=image, g=None if d2 is None else _rows(d2, v))[0]
+            v = v - solve("x", c=image, g=None if d2 is None else _rows(d2, v))
             top.append(-A.mv(params, aux, v))
             if d2 is not None:
                 bottom.append(-_rows(d2, v))
@@ -202,15 +213,20 @@ def _jvp(primals, tangents, *, problem, has):
         bottom.append(-_rows(dots.d2, x))
     if not top and not bottom:
         return out, still
-    moved = S(derived, Operands(params, aux, w, d2, _sum(top), _sum(bottom), gate))
-    x_dot, ax_dot = _sum([moved[0], *outside]), moved[1]
-    if adx is not None:
-        ax_dot = _sum([ax_dot, adx, *(A.mv(params, aux, v) for v in outside)])
-    return out, [x_dot, ax_dot, *still[2:]]
+    names = [name for name in ("x", "ax") if name in problem.results]
+    if not names:
+        return out, still
+    rhs = Operands(params, aux, w, d2, _sum(top), _sum(bottom), gate)
+    moved = dict(zip(names, S(dataclasses.replace(derived, results=tuple(names)), rhs)))
+    if "x" in moved:
+        moved["x"] = _sum([moved["x"], *outside])
+    if "ax" in moved and adx is not None:
+        moved["ax"] = _sum([moved["ax"], adx, *(A.mv(params, aux, v) for v in outside)])
+    return out, [moved.get(name, zero) for name, zero in zip(problem.results, still)]
 
 
-def _gated(problem, ops, gate, c=None, g=None):
-    return S(problem, Operands(ops.params, ops.aux, ops.w, ops.d2, c, g, gate))
+def _gated(problem, ops, gate, result, c=None, g=None):
+    return S(problem, Operands(ops.params, ops.aux, ops.w, ops.d2, c, g, gate), result)
 
 
 ad.primitive_jvps[solve_p] = _jvp
@@ -224,17 +240,20 @@ def _transpose(cts, *flat, problem, has):
     A = problem.structure
     ops = Operands.unflatten(A, has, flat)
     linear = [ad.is_undefined_primal(t) for t in flat]
-    k, k_ax = cts[0], cts[1]
+    k, k_ax = (dict(zip(problem.results, cts)).get(name) for name in ("x", "ax"))
     bars: dict[str, Any] = {}
     if _given(k) or _given(k_ax):
         params, aux, w, d2, c, g, gate = ops
         terms = [jnp.conj(k)] if _given(k) else []
         if _given(k_ax):
             terms.append(A.rmv(params, aux, jnp.conj(k_ax)))
-        z, az, _, _ = S(problem, Operands(params, aux, w, d2, None, _sum(terms), gate))
-        if ad.is_undefined_primal(c):
+        names = [n for n, t in (("x", g), ("ax", c)) if ad.is_undefined_primal(t)]
+        adjoint = Operands(params, aux, w, d2, None, _sum(terms), gate)
+        found = S(dataclasses.replace(problem, results=tuple(names)), adjoint)
+        z, az = (dict(zip(names, found)).get(name) for name in ("x", "ax"))
+        if az is not None:
             bars["c"] = _reduce(jnp.conj(_rows(w, az)), c.aval)
-        if ad.is_undefined_primal(g):
+        if z is not None:
             bars["g"] = _reduce(jnp.conj(z), g.aval)
     flat_bars = _named(A, has, bars)
     return [
@@ -281,7 +300,7 @@ def _one_by_one(args, dims, problem, has):
         flat = [t if d is None else next(rest) for t, d in zip(moved, dims)]
         return tuple(solve_p.bind(*flat, problem=problem, has=has))
 
-    return jax.lax.map(single, mapped), (0, 0, 0, 0)
+    return jax.lax.map(single, mapped), (0,) * len(problem.results)
 
 
 def _more_columns(size, ops, dims, problem):
@@ -297,17 +316,19 @@ def _more_columns(size, ops, dims, problem):
     if dims.gate is not None:
         gates = jnp.moveaxis(gate, dims.gate, 0)
         gate = gates.max(0)
-    x, ax, info, deficient = S(problem, ops._replace(c=c, g=g, gate=gate))
-    out = [x, ax, info]
-    if fold:
-        out = [
-            jnp.moveaxis(_unfold(size, t, a), a, 0)
-            for t, a in ((x, x.ndim - 1), (ax, ax.ndim - 1), (info, info.ndim - 2))
-        ]
+    out = dict(zip(problem.results, S(problem, ops._replace(c=c, g=g, gate=gate))))
+    unfolded = dict.fromkeys(out, fold)
+    for name, axis in (("x", -1), ("ax", -1), ("info", -2)):
+        if fold and name in out:
+            t = out[name]
+            out[name] = jnp.moveaxis(_unfold(size, t, t.ndim + axis), t.ndim + axis, 0)
+    unfolded["deficient"] = False  # a fact of the one matrix
     if gates is None:
-        return (*out, deficient), (0, 0, 0, None)
-    out = [jnp.where(_trailing(gates, t.ndim + (not fold)) > 0, t, 0) for t in out]
-    return (*out, jnp.where(gates > 0, deficient, 0)), (0, 0, 0, 0)
+        return list(out.values()), [0 if unfolded[name] else None for name in out]
+    for name, t in out.items():
+        ndim = t.ndim + (not unfolded[name])
+        out[name] = jnp.where(_trailing(gates, ndim) > 0, t, 0)
+    return list(out.values()), [0] * len(out)
 
 
 def _trailing(gates: Any, ndim: int) -> Any:
@@ -355,7 +376,7 @@ def _more_members(size, args, dims, problem, has):
     out = solve_p.bind(*flat, problem=problem, has=has)
     if inner is not None:
         out = [t.reshape(size, inner, *t.shape[1:]) for t in out]
-    return out, (0, 0, 0, 0)
+    return out, (0,) * len(out)
 
 
 batching.primitive_batchers[solve_p] = _batch
