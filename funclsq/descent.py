@@ -163,6 +163,7 @@ _OPERANDS: dict[str, Any] = {
     "x0": None,
     "on_failure": "warn",
     "check_finite": True,
+    "compute_dtype": None,
 }
 
 

@@ -45,9 +45,9 @@ class Factorization:
             raise ValueError(
                 f"{name}: needs {rows} rows for A {self.shape}; got shape {tuple(v.shape)}."
             )
-        if v.dtype != p.b.dtype:
-            raise TypeError(f"{name}: needs dtype {p.b.dtype}; got {v.dtype}.")
-        flat = block
+        if v.dtype != p.dtype:
+            raise TypeError(f"{name}: needs dtype {p.dtype}; got {v.dtype}.")
+        flat = block = block.to(p.b.dtype)
         if p.lead:
             flat = block.expand(*p.lead, *block.shape[-2:]).reshape(-1, *block.shape[-2:])
         elif block.ndim > 2:
@@ -57,7 +57,7 @@ class Factorization:
         lead = p.lead or block.shape[:-2]
 
         def back(t: Tensor) -> Tensor:
-            t = t.reshape(*lead, *t.shape[-2:])
+            t = t.reshape(*lead, *t.shape[-2:]).to(p.dtype)
             return t.squeeze(-1) if vector else t
 
         return back(x), back(ax)
@@ -75,6 +75,7 @@ class Factorization:
         w = self._problem.w
         if w is None:
             return y
+        w = w.to(y.real.dtype)
         return w * y if g.ndim == 1 and w.ndim == 1 else w.unsqueeze(-1) * y
 
     def solve_normal(self, g: Tensor) -> Tensor:
@@ -91,13 +92,14 @@ def factorize(
     rank: str | int = "auto",
     rcond: float | None = None,
     check_finite: bool = True,
+    compute_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Factorization:
     """Make A ready for many solves of min ||W^(1/2)(A x - b)||^2 + damp^2 ||x||^2.
 
     Parameters
     ----------
-    A, damp, weights, solver, rank, rcond, check_finite, **options
+    A, damp, weights, solver, rank, rcond, check_finite, compute_dtype, **options
         As in :func:`funclsq.lstsq`. ``solver="auto"`` means ``"cholesky"`` for a sparse matrix
         on the CPU: what is kept should be a factor.
 
@@ -121,11 +123,13 @@ def factorize(
     """
     opts = settings("factorize", solver, rank=rank, rcond=rcond, **options)
     b = _blank(A)
-    p = canonical("factorize", A, b, damp, weights, None, opts, "warn", check_finite)
+    p = canonical("factorize", A, b, damp, weights, None, opts, "warn", check_finite, compute_dtype)
     sparse = p.plan.structure.kind == "sparse" and b.device.type == "cpu"
     if solver == "auto" and sparse and min(p.plan.structure.shape) > 128:
         opts = opts._replace(solver="cholesky")
-        p = canonical("factorize", A, b, damp, weights, None, opts, "warn", check_finite)
+        p = canonical(
+            "factorize", A, b, damp, weights, None, opts, "warn", check_finite, compute_dtype
+        )
     return _made_ready(p)
 
 
@@ -184,12 +188,13 @@ def covariance(f: Factorization, *, diag: bool = False) -> Tensor:
     parts = []
     for start in range(0, n, _COLUMNS):
         stop = min(start + _COLUMNS, n)
-        block = torch.zeros((n, stop - start), dtype=p.b.dtype, device=p.b.device)
+        block = torch.zeros((n, stop - start), dtype=p.dtype, device=p.b.device)
         block[torch.arange(start, stop), torch.arange(stop - start)] = 1
         columns = f.solve_normal(block)
         if diag:
             columns = columns[..., start:stop, :].diagonal(dim1=-2, dim2=-1).real
         parts.append(columns)
     if not parts:
-        return p.b.new_zeros((*p.lead, 0)).abs() if diag else p.b.new_zeros((*p.lead, 0, 0))
+        none = p.b.new_zeros((*p.lead, 0, 0), dtype=p.dtype)
+        return none.abs().sum(-1) if diag else none
     return torch.cat(parts, -1)

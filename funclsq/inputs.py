@@ -22,6 +22,7 @@ from funclsq.checks import (
 )
 from funclsq.matrix_free import LinearOperator
 from funclsq.operators import DenseStructure, SparseStructure
+from funclsq.precision import widening
 from funclsq.raw import Plan
 from funclsq.settings import Settings
 from funclsq.sparse import Sparse
@@ -41,7 +42,7 @@ class Problem(NamedTuple):
 
     ``lead`` are the batch dimensions of the answer, ``per_column`` says that every column is a
     member of the batch (weights differ by column), of which there are ``columns``; ``vector``
-    that b was a vector.
+    that b was a vector; ``dtype`` is that of the data, and of the answer.
     """
 
     plan: Plan
@@ -54,6 +55,7 @@ class Problem(NamedTuple):
     per_column: bool
     vector: bool
     columns: int
+    dtype: torch.dtype
 
     def restore(self, x: Tensor) -> Tensor:
         """(n, k) or (B, n, k) -> (*lead, n) or (*lead, n, k)."""
@@ -61,7 +63,7 @@ class Problem(NamedTuple):
             x = x.squeeze(-1).unflatten(0, (*self.lead, self.columns)).movedim(-2, -1)
         elif self.lead:
             x = x.unflatten(0, self.lead)
-        return x.squeeze(-1) if self.vector else x
+        return (x.squeeze(-1) if self.vector else x).to(self.dtype)
 
     def restore_info(self, info: Tensor) -> Tensor:
         """(k, i) or (B, k, i) -> (*lead, i) or (*lead, k, i)."""
@@ -69,7 +71,7 @@ class Problem(NamedTuple):
             info = info.squeeze(-2).unflatten(0, (*self.lead, self.columns))
         elif self.lead:
             info = info.unflatten(0, self.lead)
-        return info.squeeze(-2) if self.vector else info
+        return (info.squeeze(-2) if self.vector else info).to(real_dtype(self.dtype))
 
 
 def matrix(A: Any, name: str) -> tuple[Any, tuple[Tensor, ...], tuple[int, ...], str]:
@@ -126,6 +128,7 @@ def canonical(
     options: Settings,
     on_failure: str,
     check_finite: bool,
+    compute_dtype: Any = None,
 ) -> Problem:
     """Check everything that shapes, dtypes and devices can tell, before any work."""
     if on_failure not in ("warn", "raise", "ignore"):
@@ -134,8 +137,9 @@ def canonical(
         )
     b = dense_tensor(b, "b", name)
     require_inexact(b, "b", name)
+    widened = widening(compute_dtype, b.dtype, name)
     if isinstance(A, LinearOperator):
-        structure: Any = A.structure(b.dtype, b.device)
+        structure: Any = A.structure(widened(b.dtype), b.device)
         params, lead_a, layout = A.params, tuple[int, ...](), "operator"
     else:
         structure, params, lead_a, layout = matrix(A, name)
@@ -153,7 +157,7 @@ def canonical(
     block = b.unsqueeze(-1) if vector else b
     k = block.shape[-1]
     w, w_lead, per_column = _weights(weights, b, m, k, vector, name)
-    d2, d_lead, damped = _damp(damp, b, n, name)
+    d2, d_lead, damped = _damp(damp, b, n, name, widened)
     start = _start(x0, b, n, k, vector, name)
     if start is not None and check_finite:
         require_finite(start, "x0", name)
@@ -187,17 +191,22 @@ def canonical(
         known = (structure, options.options(extra), full_rank, damped, on_failure, check_finite)
         shown = name != "lstsq"  # lstsq has nobody to show residual norms to
         plan = Plan.of(*known, shown, differentiated(*params, w, d2, block, start))
+
+    def cast(t: Any) -> Any:
+        return t if t is None else t.to(widened(t.dtype))
+
     return Problem(
         plan,
-        params,
-        _flat(w, full, 1),
+        tuple(map(cast, params)),
+        cast(_flat(w, full, 1)),
         _flat(d2, full, 1),
-        _flat(block, full, 2),
-        _flat(start, full, 2),
+        cast(_flat(block, full, 2)),
+        cast(_flat(start, full, 2)),
         lead,
         per_column,
         vector,
         k,
+        b.dtype,
     )
 
 
@@ -254,7 +263,7 @@ def _weights(weights, b, m, k, vector, name):
     )
 
 
-def _damp(damp, b, n, name):
+def _damp(damp, b, n, name, widened):
     """damp^2 as (..., n) or None, its batch shape, and whether it is statically positive."""
     if isinstance(damp, (bool, complex)):
         raise TypeError(f"{name}: damp must be a real number or tensor; got {damp!r}.")
@@ -265,7 +274,8 @@ def _damp(damp, b, n, name):
             raise ValueError(f"{name}: damp must be finite and >= 0; got {damp}.")
         if damp == 0:
             return None, (), False
-        square = torch.full((n,), float(damp) ** 2, dtype=real_dtype(b.dtype), device=b.device)
+        dtype = widened(real_dtype(b.dtype))
+        square = torch.full((n,), float(damp) ** 2, dtype=dtype, device=b.device)
         return square, (), True
     if not isinstance(damp, Tensor):
         raise TypeError(f"{name}: damp must be a real number or tensor; got {type(damp).__name__}.")
@@ -279,7 +289,7 @@ def _damp(damp, b, n, name):
             f"{tuple(damp.shape)}."
         )
     require_not_negative(damp, "damp", name)
-    square = damp**2
+    square = damp.to(widened(damp.dtype)) ** 2  # squared after: 1e-25 has no square in float32
     lead = tuple(square.shape[:-1]) if square.ndim > 1 else ()
     return square.expand(*lead, n), lead, False
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funclsq import derivatives, matrix
 from funclsq.inputs import Problem, canonical
+from funclsq.precision import narrowed
 from funclsq.settings import settings
 from funclsq.solution import Solution
 
@@ -28,6 +29,7 @@ def lstsq(
     rcond: float | None = None,
     on_failure: str = "warn",
     check_finite: bool = True,
+    compute_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Tensor:
     r"""argmin_x ||W^(1/2)(A x - b)||^2 + damp^2 ||x - x0||^2, of all minimisers the nearest x0.
@@ -59,6 +61,10 @@ def lstsq(
         What happens when a solve does not meet its tolerance.
     check_finite : bool
         Whether NaN or Inf in the input raises.
+    compute_dtype : {None, torch.float64}
+        ``torch.float64`` solves float32 (complex64) problems, and their derivatives, in double
+        precision and rounds the results; x and gradients keep the dtype of the data. A
+        ``LinearOperator`` is given params and vectors of double precision.
     **options
         ``atol``, ``btol``, ``conlim``, ``maxiter``, ``scale``, ``backend``, ``preconditioner``,
         ``adjoint_solver``, ``callback``, ``progress``: settings of the solver.
@@ -101,7 +107,7 @@ def lstsq(
     tensor([1., 2.], dtype=torch.float64)
     """
     opts = settings("lstsq", solver, rank=rank, rcond=rcond, **options)
-    p = canonical("lstsq", A, b, damp, weights, x0, opts, on_failure, check_finite)
+    p = canonical("lstsq", A, b, damp, weights, x0, opts, on_failure, check_finite, compute_dtype)
     x, _ = _solve(p)
     return p.restore(x)
 
@@ -118,6 +124,7 @@ def solve(
     rcond: float | None = None,
     on_failure: str = "warn",
     check_finite: bool = True,
+    compute_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Solution:
     """Solve as :func:`lstsq`, and return how: status, iterations, residuals, rank, condition.
@@ -140,7 +147,7 @@ def solve(
     (1, True)
     """
     opts = settings("solve", solver, rank=rank, rcond=rcond, **options)
-    p = canonical("solve", A, b, damp, weights, x0, opts, on_failure, check_finite)
+    p = canonical("solve", A, b, damp, weights, x0, opts, on_failure, check_finite, compute_dtype)
     x, info = _solve(p)
     return solution(p.restore(x), p.restore_info(info), opts)
 
@@ -150,7 +157,7 @@ def _solve(p: Problem) -> tuple[Tensor, Tensor]:
     if p.x0 is not None:
         c = c - matrix.matmul(p.plan.structure, p.params, p.x0)
     x, _, info = derivatives.solve(p.plan, p.w, p.d2, c, None, None, p.params, primary=True)
-    return (x if p.x0 is None else p.x0 + x), info
+    return narrowed(x if p.x0 is None else p.x0 + x, info, p.dtype, p.plan)
 
 
 def solution(x: Tensor, info: Tensor, options: Any) -> Solution:
