@@ -18,6 +18,7 @@ from torch import Tensor
 
 from funclsq.errors import ConvergenceError, ConvergenceWarning
 from funclsq.extent import extent, finite
+from funclsq.norms import column_norms
 from funclsq.range import safe_norm
 from funclsq.solution import Status, describe
 
@@ -107,7 +108,7 @@ def residual_norms(op: Any, w: Any, d2: Any, c: Any, g: Any, x: Any, ax: Any) ->
 def _norm(v: Tensor) -> Tensor:
     if v.device.type != "cpu":
         return safe_norm(v)
-    norm = torch.linalg.vector_norm(v, dim=-2)
+    norm = column_norms(v)
     low, high = extent(norm)
     bound = 2.0 ** (249 if norm.dtype == torch.float64 else 19)
     return norm if low > 1 / bound and high < bound else safe_norm(v)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from funclsq.extent import extent, largest
+from funclsq.norms import column_norms, column_sizes
 
 __all__ = [
     "column_range",
@@ -60,7 +61,7 @@ def column_range(v: Tensor) -> tuple[float, float]:
     if v.shape[-2] == v.numel():
         top = largest(v)
         return top, top
-    return extent(torch.linalg.vector_norm(v, torch.inf, dim=-2))
+    return extent(column_sizes(v))
 
 
 def within(sizes: tuple[float, float], dtype: torch.dtype) -> bool:
@@ -96,6 +97,6 @@ def power(e: Tensor, dtype: torch.dtype) -> Tensor:
 def safe_norm(v: Tensor) -> Tensor:
     """||v|| over rows, (..., m, k) -> (..., k), right wherever it can be represented."""
     if moderate(v):
-        return torch.linalg.vector_norm(v, dim=-2)
+        return column_norms(v)
     e = exponent(v, (-2,))
-    return shifted(torch.linalg.vector_norm(shifted(v, -e.unsqueeze(-2)), dim=-2), e)
+    return shifted(column_norms(shifted(v, -e.unsqueeze(-2))), e)

@@ -15,6 +15,7 @@ from funclsq.backends import NotPositive
 from funclsq.methods._normal import Normal
 from funclsq.methods._nullspace import Small, largest, qr, small_directions, smallest
 from funclsq.methods._refine import refine, refine_image
+from funclsq.norms import column_norms
 from funclsq.operators import Operator
 from funclsq.solution import Status
 
@@ -162,12 +163,12 @@ class Core:
         top = self.top.unsqueeze(-1)
         bottom = top / (MARGIN * self.cond.unsqueeze(-1))
         zero = torch.zeros_like(top)
-        cnorm = zero if c is None else torch.linalg.vector_norm(c, dim=-2)
-        gnorm = zero if g is None else torch.linalg.vector_norm(g, dim=-2)
+        cnorm = zero if c is None else column_norms(c)
+        gnorm = zero if g is None else column_norms(g)
         most = cnorm / bottom + gnorm / bottom**power
-        size = torch.fmin(torch.linalg.vector_norm(v, dim=-2), most)
+        size = torch.fmin(column_norms(v), most)
         bound = self._tolerance * (top * cnorm + gnorm + top**power * size)
-        wrong = torch.linalg.vector_norm(s, dim=-2) > bound
+        wrong = column_norms(s) > bound
         return torch.where(wrong & (status == int(Status.DIRECT)), int(Status.INACCURATE), status)
 
     def _checked(self, x: Tensor, status: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,6 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from funclsq.norms import column_norms
 from funclsq.operators import Operator
 from funclsq.solution import Status
 
@@ -147,7 +148,7 @@ def _iterate(B, rough, residual, step, start, eps, energy, image=False):
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-2)
+    return column_norms(x)
 
 
 def _power(dx: Tensor, q: Tensor) -> Tensor:

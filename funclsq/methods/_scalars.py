@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from funclsq.norms import column_norms
 from funclsq.range import safe_norm
 
 __all__ = [
@@ -123,7 +124,7 @@ class ArrayScalars:
 
     def norm(self, v: Tensor) -> np.ndarray:
         """Return ||v|| of each column."""
-        norm = torch.linalg.vector_norm(v, dim=-2).numpy()
+        norm = column_norms(v).numpy()
         low, high = _safe(v)
         if not ((norm > low) & (norm < high)).all():
             norm = safe_norm(v).numpy()
