@@ -121,10 +121,6 @@ def judge():
             _close(_inner([k], [twice]), _inner([k], [bend]))
 
 
-def test_the_judge_accepts_the_rules():
-    judge()
-
-
 @pytest.mark.parametrize("damp", [0.0, 1e-4])
 def test_the_null_space_is_met_to_eps_cond(damp):
     """At cond 1e6 one projection leaves 1e-4 of the range in the term across the null space."""
@@ -175,6 +171,10 @@ def test_a_product_has_the_gradient_that_is_asked_for(asked):
         k = _randn(g, *out.shape, dtype=COMPLEX)
         (bar,) = torch.autograd.grad(out, args[asked], k)
         _close(_inner([bar], [step]), _inner([k], [difference]))
+
+
+def test_the_judge_accepts_the_rules():
+    judge()
 
 
 # How many mutants of an area are run here; ``python -m tests.mutants`` runs every one of all

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from funclsq.validate.maps_dense import DenseMaps
 from funclsq.validate.maps_sparse import SparseMaps
 from funclsq.validate.oracle_differences import differences
 from funclsq.validate.oracle_mpmath import MP_LIMIT, by_mpmath
-from funclsq.validate.oracles_dense import autodiff
+from funclsq.validate.oracles_dense import autodiff, own_error
 from funclsq.validate.problem import Arrays, Problem
 from funclsq.validate.report import Report, Row
 from funclsq.validate.spectrum import extremes
@@ -28,6 +29,7 @@ __all__ = ["ORACLES", "cross_check"]
 
 ORACLES = ("closed form", "autodiff", "differences", "mpmath")
 _PERTURBATIONS, _PERTURBATIONS_LARGE = 10, 3  # where m n^2 is below, and above
+_NUDGES = 3
 _CHEAP = 5_000_000
 _PROBES = 2
 
@@ -147,12 +149,16 @@ def cross_check(
 def _sensitivity(
     problem: Problem, d: Directions, rng: np.random.Generator, maps: Callable[[Problem], Any]
 ) -> Sensitivity:
-    """Evaluate the closed form at the data and at perturbed data."""
+    """Evaluate the closed form at the data and at perturbed data.
+
+    A damped problem has zeros beside D that no change of the data moves, but solvers that work
+    on [W^(1/2) A; D] do: with a null space of A and little damping, by cond^2 times as much.
+    """
     largest, smallest = extremes(problem, maps)
     cond = largest / smallest
     size = perturbation(cond)
 
-    def answers(p: Problem) -> Arrays:
+    def answers(p: Problem, maps: Callable[..., Any] = maps) -> Arrays:
         found = evaluate(p, d, maps)
         found["jvp of jvp"] = np.array(_second(found, d))
         return found
@@ -161,6 +167,10 @@ def _sensitivity(
     m, n = problem.shape
     times = _PERTURBATIONS if m * n * n <= _CHEAP else _PERTURBATIONS_LARGE
     moved = [answers(problem.perturbed(rng, size)) for _ in range(times)]
+    if problem.small and problem.damping().any():
+        for _ in range(_NUDGES):
+            nudge = rng.standard_normal((m + n, n)) * (size / np.sqrt(m + n))
+            moved.append(answers(problem, functools.partial(DenseMaps, nudge=nudge)))
     least = floors(problem, d, base, cond)
     if "damp" in problem.inputs:
         least |= damping_sizes(problem, d, maps)
@@ -200,10 +210,17 @@ def _ask(
             truths[name] = differences(problem, d, probes, large)
         else:
             found = closed_form
+            errors: dict[str, float] = {}
             if name != "closed form":
                 found = dict((autodiff if name == "autodiff" else by_mpmath)(problem, d))
+                if name == "autodiff" and problem.damping().any():
+                    errors = own_error(problem, d, found)
                 found["jvp of jvp"] = np.array(_second(found, d))
-            truths[name] = {key: Estimate(a) for key, a in found.items()}
+                errors["jvp of jvp"] = sum(
+                    errors.get(f"hvp {k}", 0.0) * float(np.linalg.norm(t))
+                    for k, t in d.tangents.items()
+                )
+            truths[name] = {key: Estimate(a, errors.get(key, 0.0)) for key, a in found.items()}
     if not problem.full_column_rank:
         along = np.stack([each.tangents["A"] for each in (d, *probes)])
         for truth in truths.values():
@@ -286,7 +303,8 @@ def _explain(
 ) -> list[str]:
     notes = [
         f"An error is held to {factor:g} times what the oracle's own answer moves when the data "
-        f"move by eps = {np.finfo(problem.dtype).eps:.0e}, relatively and at random, and to "
+        f"move by eps = {np.finfo(problem.dtype).eps:.0e}, relatively and at random"
+        f"{', or all of [W^(1/2) A; damp],' if problem.damping().any() else ','} and to "
         f"{factor:g} eps at least; a larger bound of one oracle stands behind its error as <bound."
     ]
     if "differences" in truths:

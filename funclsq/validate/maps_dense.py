@@ -22,10 +22,13 @@ class DenseMaps:
     ----------
     problem : Problem
         With weights that are the same for all columns, and of known rank.
+    nudge : array, shape (m + n, n), optional
+        Relative change of [W^(1/2) A; D] by columns, seen by the maps and not by A: what any
+        solver that works on this matrix does to the answer, if the nudge is its rounding.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        u, s, vh = stacked_svd(problem)
+    def __init__(self, problem: Problem, nudge: np.ndarray | None = None) -> None:
+        u, s, vh = stacked_svd(problem, nudge)
         rank = problem.rank
         self._root = np.sqrt(problem.weights())
         self._u = u[: problem.shape[0], :rank]

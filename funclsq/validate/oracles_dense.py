@@ -13,10 +13,10 @@ import numpy as np
 
 from funclsq.validate.closed_form import evaluate
 from funclsq.validate.maps_dense import DenseMaps
-from funclsq.validate.problem import Arrays, Problem, stacked_svd
+from funclsq.validate.problem import Arrays, Problem, stacked_svd, turned
 from funclsq.validate.tangents import Directions
 
-__all__ = ["autodiff", "closed_form"]
+__all__ = ["autodiff", "closed_form", "own_error"]
 
 
 def closed_form(problem: Problem, d: Directions) -> Arrays:
@@ -58,6 +58,20 @@ def autodiff(problem: Problem, d: Directions) -> Arrays:
 
     with x64(True):
         return _autodiff(problem, d)
+
+
+def own_error(problem: Problem, d: Directions, found: Arrays) -> dict[str, float]:
+    """Return what asking ``autodiff`` with rows and columns in opposite order changes.
+
+    In exact arithmetic nothing; so this is of the size of its rounding.
+    """
+    turn = {key: turned(key, a) for key, a in d.tangents.items()}
+    again = autodiff(problem.reversed(), Directions(turn, turned("x", d.cotangent)))
+    out = {}
+    for name, a in found.items():
+        key = "x" if name.startswith(("x", "jvp")) else name.partition(" ")[2]
+        out[name] = float(np.linalg.norm(turned(key, again[name]) - a))
+    return out
 
 
 def _autodiff(problem: Problem, d: Directions) -> Arrays:

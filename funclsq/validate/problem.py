@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 
-__all__ = ["DENSE_LIMIT", "Arrays", "Problem", "stacked_svd"]
+__all__ = ["DENSE_LIMIT", "Arrays", "Problem", "stacked_svd", "turned"]
 
 Arrays = dict[str, np.ndarray]
 DENSE_LIMIT = 4_000_000  # entries of A up to which the dense oracles run
@@ -107,6 +107,17 @@ class Problem:
         w = self.inputs.get("weights", np.ones(self.shape[0]))
         return w[:, None] if w.ndim == 1 else w
 
+    def reversed(self) -> Problem:
+        """Return the problem with its rows and columns in opposite order; A's entries stay."""
+        m, n = self.shape
+        return dataclasses.replace(
+            self,
+            row=m - 1 - self.row,
+            col=n - 1 - self.col,
+            inputs={key: turned(key, a) for key, a in self.inputs.items()},
+            matrix=None if self.matrix is None else self.matrix[::-1, ::-1],
+        )
+
     def moved(self, change: Mapping[str, np.ndarray], t: Any = 1.0) -> Problem:
         """Return the problem at ``inputs + t * change``."""
         inputs = {
@@ -164,8 +175,18 @@ class Problem:
         return self.moved(change)
 
 
-def stacked_svd(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return U, s, V^H of [W^(1/2) A; D] S, V square; weights the same for all columns."""
+def turned(key: str, a: np.ndarray) -> np.ndarray:
+    """Return what belongs to the rows or columns of A, b or x, in opposite order."""
+    return a if key == "A" or a.ndim == 0 else a[::-1].copy()
+
+
+def stacked_svd(
+    problem: Problem, nudge: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return U, s, V^H of [W^(1/2) A; D] S, V square; weights the same for all columns.
+
+    With a ``nudge``, (m + n, n), of that matrix changed by the nudge times its column norms.
+    """
     scaled = problem.column_scale()
     stacked = np.vstack(
         [
@@ -173,5 +194,7 @@ def stacked_svd(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             np.diag(problem.damping() * scaled),
         ]
     )
+    if nudge is not None:
+        stacked = stacked + nudge * np.linalg.norm(stacked, axis=0)
     u, s, vh = np.linalg.svd(stacked, full_matrices=False)
     return u, s, vh

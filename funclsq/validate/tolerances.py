@@ -4,7 +4,8 @@ No method can give an answer more accurately than the data determine it. So the 
 again at data that differ by random relative amounts of the size of the unit roundoff, and a
 candidate may differ from it by ``factor`` times what that changes, and by at least ``factor``
 unit roundoffs. The change is measured at larger perturbations and scaled down, which frees it
-from the oracle's own rounding.
+from the oracle's own rounding. What a backward stable solver of a damped problem rounds is the
+stacked matrix [W^(1/2) A; D], its zeros too, so that this matrix is moved as well there.
 """
 
 from __future__ import annotations
