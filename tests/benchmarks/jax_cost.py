@@ -1,6 +1,6 @@
 """What funclsq costs inside JAX: the bridge itself, and against the solvers of JAX libraries.
 
-    python tests/benchmarks/jax_cost.py [--repeats 5] [--json FILE]
+    python tests/benchmarks/jax_cost.py [--repeats 5] [--json FILE] [--cpu]
 
 Every timed call of the comparison has new values, so nothing is found in a cache. Peers:
 matfree lsmr, lineax LSMR, lineax Normal(CG) (all three on a gather-and-scatter product) and
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import time
 
 import jax
@@ -27,7 +28,9 @@ from funclsq.jax import host
 
 jax.config.update("jax_enable_x64", True)
 
+clock = time.perf_counter
 TOL = 1e-10
+OURS = "funclsq"
 
 
 def median(f, repeats, warm=3):
@@ -35,61 +38,93 @@ def median(f, repeats, warm=3):
         f()
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         f()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return float(np.median(times))
 
 
-def overhead(repeats=600):
+BLOCK = 50
+
+
+def overhead(repeats=1500):
     """Time of a jitted call beyond the torch solve inside it, small problem, new values each time.
 
-    The same raw solve is called from Python on torch tensors of the same data, in turns with the
-    jitted call, and with a callback of the same operands and results that does nothing.
+    The same raw solve is called from Python on torch tensors of the same data. Measured in turns
+    (each call once, so each finds the caches full of what another left there), in blocks of 50
+    calls of one kind, as a loop has them, and with the solve replaced by an answer at hand.
     """
     rng = np.random.default_rng(0)
     pattern = fl.SparsityPattern(*np.nonzero(rng.random((60, 10)) < 0.4), (60, 10))
     data = [(rng.standard_normal(pattern.nnz), rng.standard_normal(60)) for _ in range(repeats)]
     f = jax.jit(lambda v, b: flj.lstsq(flj.Sparse(pattern, v), b))
-    results = [jax.ShapeDtypeStruct(s, jnp.float64) for s in ((10, 1), (60, 1), (1, 8), ())]
-    nothing = jax.jit(
-        lambda v, b: buffer_callback(lambda *_: None, results)(v, b[:, None])[0][:, 0]
-    )
-    plan = plan_inside(f, *map(jnp.asarray, data[0]))
+    result = [jax.ShapeDtypeStruct((10, 1), jnp.float64)]
+    nothing = jax.jit(lambda v, b: buffer_callback(lambda *_: None, result)(v, b[:, None])[0][:, 0])
+    plan, settings, found = solve_inside(f, *map(jnp.asarray, data[0]))
     calls = {
         "jitted call": lambda v, b: f(v, b).block_until_ready(),
-        "the torch solve alone": lambda v, b: raw.raw_solve(plan, (v,), None, None, b, None),
+        "the torch solve alone": lambda v, b: raw.raw_solve(
+            plan, (v,), None, None, b, None, *settings
+        ),
         "a callback that does nothing": lambda v, b: nothing(v, b).block_until_ready(),
+    }
+    others = {
         "fl.lstsq in torch": lambda v, b: fl.lstsq(fl.Sparse(pattern, v), b),
         "flj.lstsq outside jit": lambda v, b: flj.lstsq(
             flj.Sparse(pattern, v), b
         ).block_until_ready(),
     }
-    times = {name: [] for name in calls}
-    for v, b in data:
-        tensors = torch.from_numpy(v), torch.from_numpy(b)
-        for name, call in calls.items():
-            operands = tensors if "torch" in name else tuple(map(jnp.asarray, (v, b)))
-            if name == "the torch solve alone":
-                operands = tensors[0], tensors[1].unsqueeze(1)
-            raw.clear_cache()
-            start = time.perf_counter()
-            call(*operands)
-            times[name].append(time.perf_counter() - start)
-    times = {name: 1e6 * np.array(t[20:]) for name, t in times.items()}
-    out = {f"{name}, us": float(np.median(t)) for name, t in times.items()}
-    beyond = times["jitted call"] - times["the torch solve alone"]
-    out["bridge beyond the torch solve, us"] = float(np.median(beyond))
-    low = [np.percentile(times[n], 5) for n in ("jitted call", "the torch solve alone")]
-    out["the same at the 5th percentiles, us"] = float(low[0] - low[1])
+    out = {}
+    for block in (1, BLOCK):
+        times = in_turns(calls if block > 1 else calls | others, data, block)
+        how = f"blocks of {block}" if block > 1 else "in turns"
+        out |= {f"{name}, {how}, us": float(np.median(t)) for name, t in times.items()}
+        beyond = times["jitted call"] - times["the torch solve alone"]
+        out[f"bridge beyond the torch solve, {how}, us"] = float(np.median(beyond))
+        low = [np.percentile(times[n], 5) for n in ("jitted call", "the torch solve alone")]
+        out[f"the same at the 5th percentiles, {how}, us"] = float(low[0] - low[1])
+    solve = host.raw_solve
+    host.raw_solve = lambda *_: found
+    try:
+        times = in_turns({"jitted call": calls["jitted call"]}, data, BLOCK)
+    finally:
+        host.raw_solve = solve
+    out["jitted call, its solve replaced by an answer at hand, us"] = float(
+        np.median(times["jitted call"])
+    )
     return out
 
 
-def plan_inside(f, *operands):
-    """The plan with which a jitted function calls the torch core."""
+def in_turns(calls, data, block):
+    """Microseconds per call, one entry per block of calls of one kind."""
+    times = {name: [] for name in calls}
+    for first in range(0, len(data) - block + 1, block):
+        some = data[first : first + block]
+        for name, call in calls.items():
+            operands = [tuple(map(torch.from_numpy, pair)) for pair in some]
+            if name == "the torch solve alone":
+                operands = [(v, b.unsqueeze(1)) for v, b in operands]
+            elif "torch" not in name:
+                operands = [tuple(map(jnp.asarray, pair)) for pair in some]
+            raw.clear_cache()
+            start = clock()
+            for pair in operands:
+                call(*pair)
+            times[name].append((clock() - start) / block)
+    warm = 20 if block == 1 else 2
+    return {name: 1e6 * np.array(t[warm:]) for name, t in times.items()}
+
+
+def solve_inside(f, *operands):
+    """The plan and settings with which a jitted function calls the torch core, and its answer."""
     seen = []
     solve = host.raw_solve
-    host.raw_solve = lambda plan, *rest: seen.append(plan) or solve(plan, *rest)
+
+    def spy(plan, params, w, d2, c, g, *settings):
+        seen.append((plan, settings, solve(plan, params, w, d2, c, g, *settings)))
+        return seen[-1][-1]
+
+    host.raw_solve = spy
     try:
         f(*operands).block_until_ready()
     finally:
@@ -97,46 +132,55 @@ def plan_inside(f, *operands):
     return seen[0]
 
 
-def passes(repeats=5):
-    """Time that a 100 MB operand costs beyond the solve, in passes over it, on new values."""
+def passes(repeats=7):
+    """Time that a 100 MB operand costs beyond the solve, in passes over it, on new values.
+
+    The solve is the preparation of the method and its application, timed inside; what it made is
+    held until the clock has stopped.
+    """
     m, n = 1_250_000, 10
     rng = np.random.default_rng(0)
     A, b = jnp.asarray(rng.standard_normal((m, n))), jnp.asarray(rng.standard_normal(m))
     one = median(lambda: float(torch.from_dlpack(A).sum()), 10)
-    f = jax.jit(lambda A, b: flj.lstsq(A, b, solver="qr", rank="full"))
-    jitted, method = [], []
+    forward = jax.jit(lambda A, b: flj.lstsq(A, b, solver="qr", rank="full"))
+    held, inside = [], []
     prepare = raw.registry.prepare
 
     def timed(*args):
-        start = time.perf_counter()
+        start = clock()
         prepared = prepare(*args)
         solve = prepared.solve
-        inside = [time.perf_counter() - start]
+        inside.append(clock() - start)
 
         def timed_solve(c, g):
-            start = time.perf_counter()
+            start = clock()
             out = solve(c, g)
-            method.append(inside[0] + time.perf_counter() - start)
+            inside.append(clock() - start)
             return out
 
         prepared.solve = timed_solve
+        held.append(prepared)
         return prepared
 
+    beyond, method = [], []
     raw.registry.prepare = timed
     try:
         for i in range(repeats + 1):
             B = (A * (1.0 + i)).block_until_ready()
-            start = time.perf_counter()
-            f(B, b).block_until_ready()
-            jitted.append(time.perf_counter() - start)
+            inside.clear()
+            start = clock()
+            x = forward(B, b).block_until_ready()
+            beyond.append(clock() - start - sum(inside))
+            method.append(sum(inside))
+            held.clear()
+            del x
     finally:
         raw.registry.prepare = prepare
         raw.clear_cache()
-    beyond = np.array(jitted[1:]) - np.array(method[1:])
     return {
         "one pass, ms": 1e3 * one,
-        "the method itself, ms": 1e3 * float(np.median(method)),
-        "everything beyond it, passes": float(np.median(beyond)) / one,
+        "the method itself, ms": 1e3 * float(np.median(method[1:])),
+        "everything beyond it, passes": float(np.median(beyond[1:])) / one,
     }
 
 
@@ -178,7 +222,7 @@ def contenders(row, col, shape, tol):
         "funclsq auto, tolerance of the peers": lambda v, b: flj.lstsq(
             flj.Sparse(pattern, v), b, atol=tol, btol=tol
         ),
-        "the same, rank=full": lambda v, b: flj.lstsq(
+        "funclsq auto, the same and rank=full": lambda v, b: flj.lstsq(
             flj.Sparse(pattern, v), b, atol=tol, btol=tol, rank="full"
         ),
         "funclsq cholesky, rank=full": lambda v, b: flj.lstsq(
@@ -211,39 +255,54 @@ def loss(solve, v, b):
 
 
 def compare(m, n, per_row, repeats):
-    """First call, and median of value-and-gradient on new values, for every contender."""
+    """First call, and median of value-and-gradient on new values in turns, for every contender."""
     row, col, values, b = problem(m, n, per_row)
     import scipy.sparse as sp
 
-    b = jnp.asarray(b)
+    values, b = jnp.asarray(values), jnp.asarray(b)
     rng = np.random.default_rng(1)
-    rows = {}
-    fresh = [
-        jnp.asarray(values * (1 + 0.1 * rng.standard_normal(values.size))) for _ in range(repeats)
-    ]
-    matrices = [sp.csr_array((np.asarray(v), (row, col)), (m, n)) for v in fresh]
+    rows, programs = {}, {}
     for name, solve in contenders(row, col, (m, n), TOL).items():
         f = jax.jit(jax.value_and_grad(functools.partial(loss, solve), has_aux=True))
+        start = clock()
         try:
-            start = time.perf_counter()
-            jax.block_until_ready(f(jnp.asarray(values), b))
-            first = time.perf_counter() - start
-            times, errors = [], []
-            for v, A in zip(fresh, matrices):
-                start = time.perf_counter()
-                (_, x), g = jax.block_until_ready(f(v, b))
-                times.append(time.perf_counter() - start)
-                resid = A.T @ (np.asarray(b) - A @ np.asarray(x))
-                errors.append(np.linalg.norm(resid) / np.linalg.norm(A.T @ np.asarray(b)))
+            jax.block_until_ready(f(values, b))
         except Exception as error:
             rows[name] = {"error": f"{type(error).__name__}: {str(error)[:80]}"}
             continue
-        rows[name] = {
-            "first call, s": first,
-            "value and gradient, s": float(np.median(times)),
-            "||A'r|| / ||A'b||": float(np.max(errors)),
+        rows[name] = {FIRST: clock() - start}
+        programs[name] = f
+    times, errors = ({name: [] for name in programs} for _ in range(2))
+    for _ in range(repeats):
+        v = values * (1 + 0.1 * rng.standard_normal(values.size))
+        A = sp.csr_array((np.asarray(v), (row, col)), (m, n))
+        for name, f in programs.items():
+            start = clock()
+            (_, x), _ = jax.block_until_ready(f(v, b))
+            times[name].append(clock() - start)
+            resid = A.T @ (np.asarray(b) - A @ np.asarray(x))
+            errors[name].append(np.linalg.norm(resid) / np.linalg.norm(A.T @ np.asarray(b)))
+    for name in programs:
+        rows[name] |= {TIME: float(np.median(times[name])), ERROR: float(np.max(errors[name]))}
+    return rows | advantage(rows)
+
+
+FIRST, TIME, ERROR = "first call, s", "value and gradient, s", "||A'r|| / ||A'b||"
+
+
+def advantage(rows):
+    """How many times faster ours is than the fastest peer, where it is at least as accurate."""
+    timed = {name: row for name, row in rows.items() if TIME in row}
+    peers = {name: row for name, row in timed.items() if not name.startswith(OURS)}
+    ours = {name: row for name, row in timed.items() if name.startswith(OURS)}
+    out = {}
+    for what in (TIME, FIRST):
+        rival = min(peers, key=lambda name: peers[name][what])
+        good = {n: r for n, r in ours.items() if r[ERROR] <= peers[rival][ERROR]}
+        out[f"fastest peer / ours, {what[:-3]}"] = {
+            f"{name} (rival {rival})": peers[rival][what] / row[what] for name, row in good.items()
         }
-    return rows
+    return out
 
 
 def main():
@@ -251,7 +310,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json")
+    parser.add_argument(
+        "--cpu", action="store_true", help="processor time: on a machine that others use too"
+    )
     args = parser.parse_args()
+    if args.cpu:
+        globals()["clock"] = time.process_time
+    print("load averages", os.getloadavg(), "processor time" if args.cpu else "wall time")
     tables = {"overhead": overhead(), "100 MB operand": passes()}
     for shape in ((1850, 712, 5), (20000, 2000, 10)):
         tables["{} x {}, {} per row".format(*shape)] = compare(*shape, args.repeats)
@@ -262,9 +327,9 @@ def main():
                 value = "  ".join(
                     f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items()
                 )
+                print(f"  {name:38s} {value}")
             else:
-                value = f"{value:.3g}"
-            print(f"  {name:32s} {value}")
+                print(f"  {name:68s} {value:.4g}")
     if args.json:
         with open(args.json, "w") as stream:
             json.dump(tables, stream, indent=1)
