@@ -233,6 +233,30 @@ def test_importing_changes_no_configuration_and_torch_alone_needs_no_jax():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_missing_extra_names_the_command_that_brings_it():
+    done = run_script(
+        """
+        import sys
+        sys.modules["equinox"] = sys.modules["lineax"] = None
+        import jax, jax.numpy as jnp
+        import funclsq.jax as flj
+
+        def said(f):
+            try:
+                f()
+            except ImportError as error:
+                return "pip install 'funclsq[jax]'" in str(error)
+
+        A, b = jnp.eye(4, 2), jnp.ones(4)
+        print(flj.lstsq(A, b, on_failure="raise").tolist())
+        raising = jax.jit(lambda b: flj.lstsq(A, b, on_failure="raise"))
+        print(said(lambda: flj.LeastSquares(None, None)), said(lambda: flj.SparseLinear(None)))
+        print(said(lambda: __import__("funclsq.jax.lineax")), said(lambda: raising(b)))
+        """
+    )
+    assert done.stdout.split("\n")[:3] == ["[1.0, 1.0]", "True True", "True True"], done.stderr
+
+
 # -------------------------------------------------------------------------------------------
 # x64, dtypes, shapes: at trace time, in words.
 

@@ -21,6 +21,9 @@ __all__ = ["from_torch", "to_torch"]
 _TO_JAX = {
     torch.bool: np.bool_,
     torch.uint8: np.uint8,
+    torch.uint16: np.uint16,
+    torch.uint32: np.uint32,
+    torch.uint64: np.uint64,
     torch.int8: np.int8,
     torch.int16: np.int16,
     torch.int32: np.int32,
@@ -82,6 +85,8 @@ def from_torch(t: Tensor, *, dtype: Any = None, copy: bool = False) -> jax.Array
         )
     t = t.detach()
     if dtype is not None:
+        if np.dtype(dtype) not in _TO_TORCH:
+            raise TypeError(f"from_torch: torch has no dtype for {np.dtype(dtype)}.")
         t = t.to(_TO_TORCH[np.dtype(dtype)])
     if t.dtype not in _TO_JAX:
         raise TypeError(f"from_torch: JAX has no dtype for {t.dtype}.")

@@ -179,10 +179,9 @@ class _Solver(lx.AbstractLinearSolver):
         """Take the entries of the operator."""
         del options
         inside, outside = _Side.of(operator.in_structure()), _Side.of(operator.out_structure())
-        while isinstance(operator, lx.TaggedLinearOperator):
-            operator = operator.operator
-        if isinstance(operator, SparseOperator):
-            return _State(operator.A, inside, outside)
+        A = _sparse(operator)
+        if A is not None:
+            return _State(A, inside, outside)
         if self.pattern is None:
             return _State(operator.as_matrix(), inside, outside)
         pattern = _fitted(self.pattern, (outside.size, inside.size))
@@ -282,12 +281,31 @@ class LSMR(_Solver):
         }
 
 
+def _sparse(operator: Any) -> Sparse | None:
+    """The matrix of a sparse operator, also one that is tagged or scaled."""
+    if isinstance(operator, SparseOperator):
+        return operator.A
+    if isinstance(operator, lx.TaggedLinearOperator):
+        return _sparse(operator.operator)
+    factor: Any = None
+    if isinstance(operator, lx.NegLinearOperator):
+        factor = -1
+    elif isinstance(operator, lx.MulLinearOperator):
+        factor = operator.scalar
+    elif isinstance(operator, lx.DivLinearOperator):
+        factor = 1 / operator.scalar
+    A = None if factor is None else _sparse(operator.operator)
+    return None if A is None else Sparse(A.pattern, factor * A.values)
+
+
 def _fitted(pattern: SparsityPattern, shape: tuple[int, int]) -> SparsityPattern:
-    """The pattern, with damping rows below where the operator has them."""
+    """The pattern, with damping rows below where the operator has them; of A^T where it fits."""
     if pattern.shape == shape:
         return pattern
+    if _rows_fit(pattern, shape[::-1]):
+        return _fitted(pattern, shape[::-1]).T
     m, n = pattern.shape
-    if shape == (m + n, n):
+    if _rows_fit(pattern, shape):
         found = pattern.cache.get("with diagonal")
         if found is None:
             diagonal = np.arange(n)
@@ -302,3 +320,8 @@ def _fitted(pattern: SparsityPattern, shape: tuple[int, int]) -> SparsityPattern
         f"pattern must have the shape of the operator, {shape}, or of the Jacobian that a damped "
         f"one has on top; got {pattern.shape}."
     )
+
+
+def _rows_fit(pattern: SparsityPattern, shape: tuple[int, int]) -> bool:
+    m, n = pattern.shape
+    return shape in ((m, n), (m + n, n))
