@@ -121,20 +121,21 @@ def judge():
             _close(_inner([k], [twice]), _inner([k], [bend]))
 
 
+@pytest.mark.parametrize("cond", [1e6, 1e10])
 @pytest.mark.parametrize("damp", [0.0, 1e-4])
-def test_the_null_space_is_met_to_eps_cond(damp):
+def test_the_null_space_is_met_to_eps_cond(damp, cond):
     """At cond 1e6 one projection leaves 1e-4 of the range in the term across the null space."""
     g = torch.Generator().manual_seed(3)
     U, V = (torch.linalg.qr(_randn(g, k, k, dtype=COMPLEX))[0] for k in (9, 6))
-    U, s = U[:, :4], torch.tensor([1, 1e-2, 1e-4, 1e-6], dtype=REAL)
+    U, s = U[:, :4], cond ** -torch.linspace(0, 1, 4, dtype=REAL)
     if damp:  # of one right singular vector only, so that damping leaves the rank as it is
         V = torch.block_diag(torch.ones(1, 1, dtype=COMPLEX), torch.linalg.qr(V[1:, 1:])[0])
-        s = torch.tensor([1e-6, 1, 1e-2, 1e-4], dtype=REAL)
+        s = s.roll(1)
     A = ((U * s) @ V[:, :4].mH).requires_grad_()
     b, k = _randn(g, 9, dtype=COMPLEX), _randn(g, 6, dtype=COMPLEX)
     d = torch.zeros(6, dtype=REAL)
     d[0] = damp
-    x = fl.lstsq(A, b, damp=d, solver="svd", rcond=1e-9)
+    x = fl.lstsq(A, b, damp=d, solver="svd", rcond=1e-3 / cond)
     (A_bar,) = torch.autograd.grad((x.conj() * k).real.sum(), A)
     V = V[:, :4]
     M = s**2 + (V.mH @ (d[:, None] ** 2 * V)).diagonal().real
@@ -148,8 +149,11 @@ def test_the_null_space_is_met_to_eps_cond(damp):
     size = torch.linalg.vector_norm(w) * torch.linalg.vector_norm(k)
     # the rows of A_bar in the null space hold that term alone
     error = (A_bar - want) @ (torch.eye(6) - V @ V.mH)
-    assert torch.linalg.matrix_norm(error) < 1e-8 * size
-    assert torch.linalg.matrix_norm(A_bar - want) < 1e-2 * torch.linalg.matrix_norm(want)
+    assert torch.linalg.matrix_norm(error) < 50 * torch.finfo(REAL).eps * cond * size
+    if damp:  # the first unknown is held by its damping, and so not in the null space
+        assert torch.linalg.vector_norm((A_bar - want)[:, 0]) < 1e-5 * size
+    if cond <= 1e6:
+        assert torch.linalg.matrix_norm(A_bar - want) < 1e-2 * torch.linalg.matrix_norm(want)
 
 
 @pytest.mark.parametrize("asked", [0, 1])
