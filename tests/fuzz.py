@@ -118,12 +118,12 @@ def check_solution(case: Case, sol: fl.Solution, given: list[Any]) -> None:
             assert abs(rnorm - true_rnorm) <= 0.01 * true_rnorm + 100 * lost * terms + floor * (
                 1 + size
             )
-        many = 20 * max(*A.shape, 1)
+        many = 20 * max(*B.shape, 1)  # what direct solvers hold themselves to
         s = _norm(B.conj().T @ r)
         bound = size * (many * lost * terms + floor * (1 + size))
         assert s <= bound, (
             f"{case.solver} on {case.layout} {tuple(A.shape)} {case.dtype}, {status.name}: "
-            f"||A^H W r - damp^2 (x - x0)|| = {s:.2e} exceeds {bound:.2e}"
+            f"||A^H W r - damp^2 (x - x0)|| = {s} exceeds {bound}"
         )
 
 
