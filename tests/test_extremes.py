@@ -182,3 +182,19 @@ def test_a_tolerance_that_was_loosened_again_and_again_is_not_called_rounding(so
     A, x = A / size, sol.x * size
     s, large = (torch.linalg.vector_norm(t) for t in (A.mH @ (b - A @ x), x))
     assert bool(sol.converged) == bool(s < 1e-13 * (1 + large))
+
+
+@pytest.mark.parametrize("solver", ["lsmr", "lsqr", "cgls"])
+@pytest.mark.parametrize(
+    ("entry", "b"),
+    [(-1.25e-36, 7.8e-27), (1.43e-22 + 2.2e-22j, -4.97e-25 - 2.76e-25j), (3e-30, 1e-20)],
+)
+def test_a_tiny_operator_in_single_precision_neither_raises_nor_warns_of_numpy(entry, b, solver):
+    """Its entries are not at hand to be scaled: 1 / |A|^2 is not a number of single precision."""
+    dtype = torch.complex64 if isinstance(entry, complex) else torch.float32
+    A = fl.LinearOperator(lambda p, v: p[0] @ v, (1, 1), (torch.tensor([[entry]], dtype=dtype),))
+    sol = fl.solve(A, torch.tensor([b], dtype=dtype), solver=solver, on_failure="ignore")
+    if bool(sol.converged):
+        assert bool(torch.isfinite(sol.x).all())
+    else:
+        assert sol.message

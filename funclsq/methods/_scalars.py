@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 TINY = 1e-290  # a divisor below this would overflow; problems are scaled to norms of about 1
+_LARGE = 1e38  # the end of the range of float32
 
 
 def _safe(v: Tensor) -> tuple[float, float]:
@@ -79,7 +80,10 @@ class FloatScalars:
         y.mul_(a)
 
     def axpy(self, y: Tensor, a: float, x: Tensor) -> None:
-        """Y <- y + a x."""
+        """Y <- y + a x; a may lie beyond the range of single precision, where a x does not."""
+        if abs(a) > _LARGE and math.isfinite(a):
+            root = math.sqrt(abs(a))
+            x, a = x * root, a / root
         y.add_(x, alpha=a)
 
     def xpay(self, y: Tensor, x: Tensor, a: float) -> None:

@@ -185,7 +185,8 @@ def _mask(columns: np.ndarray, like: Tensor) -> Tensor:
 
 def _grown(answer: Answer, targets: Targets) -> np.ndarray:
     """Whether ||A|| ||x|| is so large that the rounding of A x hides the residual."""
-    return ~(answer.anorm * norms(answer.x) <= targets.xlimit * targets.bnorm)
+    with np.errstate(invalid="ignore", over="ignore"):  # zero times what overflowed has grown too
+        return ~(answer.anorm * norms(answer.x) <= targets.xlimit * targets.bnorm)
 
 
 def _extra(settings: Settings, g: Tensor | None) -> dict[str, Any]:
