@@ -140,3 +140,41 @@ def test_single_precision_data_at_cond_1e4(shape, solver):
     residual = np.linalg.norm(b - A @ x)
     bound = 10 * np.finfo(np.float32).eps * 1e4 * (size + 1e4 * residual)
     assert np.linalg.norm(y.numpy() - x) <= bound
+
+
+def little_damped(kind, damp):
+    """A with a null space, singular values 1 to 1/30 on its rank, in 60 digits the exact x."""
+    rng = np.random.default_rng(2)
+    m, n, rank = {"wide": (5, 9, 5), "deficient": (9, 5, 3)}[kind]
+    U, V = (np.linalg.qr(rng.standard_normal((k, rank)))[0] for k in (m, n))
+    A, b, k = (
+        (U * np.geomspace(1, 1 / 30, rank)) @ V.T,
+        rng.standard_normal(m),
+        rng.standard_normal(n),
+    )
+    with mpmath.workdps(60):
+        M, v, c = (mpmath.matrix(t.tolist()) for t in (A, b, k))
+        inverse = mpmath.inverse(M.T * M + mpmath.mpf(damp) ** 2 * mpmath.eye(n))
+        x, z = inverse * (M.T * v), inverse * c
+        bar = (v - M * x) * z.T - (M * z) * x.T
+        exact = [np.array(t.tolist(), dtype=float) for t in (x, bar, M * z)]
+    return A, b, k, exact[0][:, 0], exact[1], exact[2][:, 0]
+
+
+@pytest.mark.parametrize("solver", ["auto", "qr", "svd", "cholesky", "lsmr"])
+@pytest.mark.parametrize("damp", [1e-1, 1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize("kind", ["wide", "deficient"])
+def test_little_damping_beside_a_null_space(kind, damp, solver):
+    """Rounding of [A; damp I], of condition 1 / damp, moves x by eps / damp, gradients by more."""
+    A, b, k, x, A_bar, b_bar = little_damped(kind, damp)
+    leaf, rhs = torch.from_numpy(A).requires_grad_(), torch.from_numpy(b).requires_grad_()
+    got = fl.lstsq(leaf, rhs, damp=damp, solver=solver)
+    bars = torch.autograd.grad(got @ torch.from_numpy(k), (leaf, rhs))
+    size, seed = np.linalg.norm(x) + np.linalg.norm(b), np.linalg.norm(k)
+    inverse = 1 / damp  # ||[A; damp I]^+||, for ||A|| = 1
+    residual = np.linalg.norm(b - A @ x)
+    error = np.linalg.norm(got.detach().numpy() - x)
+    assert error <= 100 * EPS * inverse * (size + inverse * residual)
+    moved = (residual * inverse**3 + size * inverse**2) * seed
+    assert np.linalg.norm(bars[0].numpy() - A_bar) <= 100 * EPS * moved
+    assert np.linalg.norm(bars[1].numpy() - b_bar) <= 100 * EPS * inverse**2 * seed

@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -254,6 +255,35 @@ def test_thousands_of_calls_leave_nothing_behind():
         before = work(100)
         after = work(1000)
     assert after <= before + 5
+
+
+@pytest.mark.slow
+def test_ten_thousand_calls_do_not_grow():
+    """Resident memory, after a start, over 10,000 gradients with new values and patterns."""
+    script = """
+import os, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+import funclsq as fl
+from test_concurrency import problem
+
+def resident():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+for i in range(12_000):
+    if i % 10 == 0:
+        S, values, b = problem(20, 8, seed=i)
+    leaf = (values + 1e-3 * i).requires_grad_()
+    fl.lstsq(fl.Sparse(S, leaf), b, solver=("auto", "cholesky", "lsmr")[i % 3]).sum().backward()
+    if i == 2_000:
+        before = resident()
+print((resident() - before) >> 20)
+"""
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-c", script, here]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=True)
+    assert int(done.stdout) < 8  # MiB
 
 
 def test_a_pattern_that_is_gone_takes_its_plans_along():
