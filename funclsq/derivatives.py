@@ -54,6 +54,7 @@ from funclsq.forward_mode import nested_forward_mode, primals, transformed
 from funclsq.matrix import matmul, matmul_dot, outer, reduce_batch, rmatmul, rmatmul_dot
 from funclsq.opaque import solve_op
 from funclsq.raw import Plan
+from funclsq.shapes import broadcast_shapes
 from funclsq.solution import METHODS, Method, Status
 
 __all__ = ["solve"]
@@ -284,5 +285,5 @@ def _plus(a: Tensor | None, b: Tensor) -> Tensor:
 
 def _columns(blocks: list[Tensor]) -> Tensor:
     """Blocks of columns side by side, shared ones repeated over the batch."""
-    lead = torch.broadcast_shapes(*(b.shape[:-2] for b in blocks))
+    lead = broadcast_shapes(*(b.shape[:-2] for b in blocks))
     return torch.cat([b.expand(*lead, *b.shape[-2:]) for b in blocks], -1)

@@ -25,6 +25,7 @@ from funclsq.operators import DenseStructure, SparseStructure
 from funclsq.precision import widening
 from funclsq.raw import Plan
 from funclsq.settings import Settings
+from funclsq.shapes import broadcast_shapes
 from funclsq.sparse import Sparse
 from funclsq.torch_sparse import is_sparse, pattern_and_values
 from funclsq.traced import traced_plan, traced_structure
@@ -212,8 +213,8 @@ def canonical(
 
 def _common_batch(leads: dict[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
     try:
-        return torch.broadcast_shapes(*leads.values())
-    except RuntimeError:
+        return broadcast_shapes(*leads.values())
+    except ValueError:
         given = ", ".join(f"{shape} of {what}" for what, shape in leads.items() if shape)
         raise ValueError(
             f"{name}: the batch dimensions must broadcast with each other; got {given}. Make them "

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from funclsq.pattern import SparsityPattern
 from funclsq.products import FEW_TERMS, csr_mm, csr_tensor, sddmm_csr, sddmm_few
+from funclsq.shapes import broadcast_shapes
 
 __all__ = [
     "DenseOp",
@@ -377,7 +378,7 @@ class StackedOp:
         """The stacked matrix as a strided tensor."""
         A = self.op.dense()
         D = torch.diag_embed(self.damp).to(A.dtype)
-        lead = torch.broadcast_shapes(A.shape[:-2], D.shape[:-2])
+        lead = broadcast_shapes(A.shape[:-2], D.shape[:-2])
         return torch.cat((A.expand(*lead, *A.shape[-2:]), D.expand(*lead, *D.shape[-2:])), -2)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from funclsq.matrix import matmul
 from funclsq.operators import SparseStructure
 from funclsq.pattern import SparsityPattern
+from funclsq.shapes import broadcast_shapes
 from funclsq.torch_sparse import assemble, pattern_and_values
 
 __all__ = ["Sparse"]
@@ -139,7 +140,7 @@ class Sparse:
             raise ValueError(
                 f"Sparse: A @ v needs {n} rows in v, one per column of A; got {tuple(v.shape)}."
             )
-        lead = torch.broadcast_shapes(self.values.shape[:-1], block.shape[:-2])
+        lead = broadcast_shapes(self.values.shape[:-1], block.shape[:-2])
         size = math.prod(lead)
         values = self.values
         if values.ndim > 1:

@@ -71,7 +71,7 @@ AREAS = {
     ),
     "structure": Area(
         {"pattern": (), "products": (), "operators": (), "sparse": ()},
-        ("test_structure.py",),
+        ("test_operators.py", "test_structure.py"),
     ),
     "bridge": Area(
         {"jax.primitive": (), "jax.products": (), "jax.convert": ()},

@@ -17,6 +17,7 @@ from funclsq import kept, raw, spare
 from funclsq.matrix import matmul, outer, rmatmul
 from funclsq.operators import DenseStructure, SparseStructure, sddmm
 from funclsq.products import FEW_TERMS
+from funclsq.shapes import broadcast_shapes
 
 F64 = torch.float64
 
@@ -442,3 +443,18 @@ def test_sampled_outer_product_of_few_and_of_many_columns(k, dtype, batch):
     found = sddmm(S, U, V, batched=bool(batch))
     want = (U @ V.mH)[..., torch.from_numpy(row), torch.from_numpy(col)]
     torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize(
+    "shapes", [(), ((),), ((3, 1), (), (4,)), ((2, 1, 5), (7, 1)), ((0,), (1,)), ((1, 0), (6, 1))]
+)
+def test_shapes_broadcast_as_in_torch(shapes):
+    assert broadcast_shapes(*shapes) == tuple(torch.broadcast_shapes(*shapes))
+
+
+@pytest.mark.parametrize("shapes", [((3,), (4,)), ((0,), (2,)), ((2, 3), (2, 1), (4, 1))])
+def test_shapes_that_do_not_broadcast(shapes):
+    with pytest.raises(RuntimeError):
+        torch.broadcast_shapes(*shapes)
+    with pytest.raises(ValueError, match="do not broadcast"):
+        broadcast_shapes(*shapes)

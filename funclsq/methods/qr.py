@@ -32,6 +32,7 @@ from funclsq.methods.svd import (
     thin_svd,
 )
 from funclsq.operators import Operator
+from funclsq.shapes import broadcast_shapes
 from funclsq.solution import Method
 
 __all__ = ["PreparedQR", "prepare"]
@@ -72,7 +73,7 @@ class PreparedQR:
         return direct_raw(self._up(self._lead(total)))
 
     def _lead(self, v: Tensor) -> Tensor:
-        lead = torch.broadcast_shapes(v.shape[:-2], self.R.shape[:-2])
+        lead = broadcast_shapes(v.shape[:-2], self.R.shape[:-2])
         return v.expand(*lead, *v.shape[-2:])
 
 
