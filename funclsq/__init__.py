@@ -4,7 +4,13 @@ from typing import TYPE_CHECKING
 
 from funclsq import solvers
 from funclsq._lazy import submodules
-from funclsq.errors import ConvergenceError, ConvergenceWarning, FunclsqWarning, RankWarning
+from funclsq.errors import (
+    AccuracyWarning,
+    ConvergenceError,
+    ConvergenceWarning,
+    FunclsqWarning,
+    RankWarning,
+)
 from funclsq.factorize import Factorization, covariance, factorize
 from funclsq.lstsq import lstsq, solve
 from funclsq.matrix_free import LinearOperator
@@ -20,6 +26,7 @@ __version__ = "0.1.0"
 __getattr__ = submodules(__name__, ("compat", "nn", "plot", "preconditioners", "ridge", "validate"))
 
 __all__ = [
+    "AccuracyWarning",
     "ConvergenceError",
     "ConvergenceWarning",
     "Factorization",

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["ConvergenceError", "ConvergenceWarning", "FunclsqWarning", "RankWarning"]
+__all__ = [
+    "AccuracyWarning",
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "FunclsqWarning",
+    "RankWarning",
+]
 
 
 class FunclsqWarning(UserWarning):
@@ -15,6 +21,10 @@ class ConvergenceWarning(FunclsqWarning):
 
 class RankWarning(FunclsqWarning):
     """A was asserted to have a rank that the solver found to be false."""
+
+
+class AccuracyWarning(FunclsqWarning):
+    """A derivative has lost more than half of its digits to rounding."""
 
 
 class ConvergenceError(RuntimeError):

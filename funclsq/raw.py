@@ -26,6 +26,7 @@ from funclsq import kept
 from funclsq.extent import extent, finite, largest
 from funclsq.info import INFO, report, residual_norms, table
 from funclsq.kept import Entry, Key
+from funclsq.lost_digits import column_size, warn_of_lost_digits
 from funclsq.methods import registry
 from funclsq.methods._protocol import Options
 from funclsq.methods.auto import PreparedAuto
@@ -314,6 +315,10 @@ def _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x, check, need_ax):
         result = entry.prepared.solve(c_in, g_in)
         x = result.x if back is None else shifted(result.x, back)
         ax = entry.op.mv(x) if need_ax else None
+        if c is None and d2 is not None and ax is not None and plan.on_failure == "warn":
+            if entry.size is None:
+                entry.size = column_size(entry.op, w)
+            warn_of_lost_digits(entry.size, w, g, x, ax)
     found = functools.partial(residual_norms, entry.op, w, d2, c, g, x, ax)
     known = found() if norms and plan.residuals else None
     info = table(x, result.status, result.iterations, known, entry.prepared, True)
