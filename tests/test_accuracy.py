@@ -168,8 +168,12 @@ def test_little_damping_beside_a_null_space(kind, damp, solver):
     """Rounding of [A; damp I], of condition 1 / damp, moves x by eps / damp, gradients by more."""
     A, b, k, x, A_bar, b_bar = little_damped(kind, damp)
     leaf, rhs = torch.from_numpy(A).requires_grad_(), torch.from_numpy(b).requires_grad_()
-    got = fl.lstsq(leaf, rhs, damp=damp, solver=solver)
-    bars = torch.autograd.grad(got @ torch.from_numpy(k), (leaf, rhs))
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        got = fl.lstsq(leaf, rhs, damp=damp, solver=solver)
+        bars = torch.autograd.grad(got @ torch.from_numpy(k), (leaf, rhs))
+    said = [issubclass(w.category, fl.AccuracyWarning) for w in given]
+    assert all(said) and bool(said) == (damp < 1e-4)  # half of the digits, and it is said
     size, seed = np.linalg.norm(x) + np.linalg.norm(b), np.linalg.norm(k)
     inverse = 1 / damp  # ||[A; damp I]^+||, for ||A|| = 1
     residual = np.linalg.norm(b - A @ x)
