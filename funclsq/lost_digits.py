@@ -21,6 +21,9 @@ from funclsq.norms import column_norms
 __all__ = ["column_size", "warn_of_lost_digits"]
 
 
+PART = 0.01  # of g, which D^2 z is at least where a null space shows
+
+
 def column_size(op: Any, w: Tensor | None) -> Tensor:
     """Norm of the longest column of W^(1/2) A, (1,) or (B, 1); 0 where it is not known."""
     norms = (op if w is None else op.scaled(row=w.sqrt())).column_norms()
@@ -29,12 +32,19 @@ def column_size(op: Any, w: Tensor | None) -> Tensor:
     return norms.amax(-1, keepdim=True).double()
 
 
-def warn_of_lost_digits(size: Tensor, w: Tensor | None, g: Tensor, z: Tensor, az: Tensor) -> None:
-    """Warn where more than half of the digits of A z are lost; ``size`` as of `column_size`."""
+def warn_of_lost_digits(
+    size: Tensor, w: Tensor | None, d2: Tensor, g: Tensor, z: Tensor, az: Tensor
+) -> None:
+    """Warn where more than half of the digits of A z are lost; ``size`` as of `column_size`.
+
+    Where D^2 z is but a small part of g = A^H W A z + D^2 z it is not damping that makes z large.
+    """
     y = az if w is None else w.sqrt().unsqueeze(-1) * az
-    least = column_norms(y).double() + column_norms(g).double() / size
+    given = column_norms(g).double()
+    least = column_norms(y).double() + given / size
     eps = torch.finfo(g.dtype).eps
     share = (eps * size * (column_norms(z).double() / least)).nan_to_num(0.0, posinf=0.0)
+    share = torch.where(column_norms(d2.unsqueeze(-1) * z) > PART * given, share, 0.0)
     worst = float(share.amax()) if share.numel() else 0.0
     if worst > eps**0.5:
         warnings.warn(

@@ -318,7 +318,7 @@ def _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x, check, need_ax):
         if c is None and d2 is not None and ax is not None and plan.on_failure == "warn":
             if entry.size is None:
                 entry.size = column_size(entry.op, w)
-            warn_of_lost_digits(entry.size, w, g, x, ax)
+            warn_of_lost_digits(entry.size, w, d2, g, x, ax)
     found = functools.partial(residual_norms, entry.op, w, d2, c, g, x, ax)
     known = found() if norms and plan.residuals else None
     info = table(x, result.status, result.iterations, known, entry.prepared, True)

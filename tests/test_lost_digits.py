@@ -61,6 +61,15 @@ def test_a_tall_matrix_warns_where_it_is_deficient_only(rank):
     assert bool(given) == (rank is not None)
 
 
+@pytest.mark.parametrize("damp", [1e-12, 1e-9])
+def test_a_bad_condition_is_not_laid_on_the_damping(damp):
+    A, b, x_bar = _data(20, 10, torch.float64)
+    Q, R = torch.linalg.qr(A)
+    V = torch.linalg.qr(R)[0]
+    A = Q * torch.logspace(0, -8, 10, dtype=torch.float64) @ V.mT
+    assert not _b_bar(A, b, x_bar, damp, solver="svd")[1]
+
+
 def test_single_precision_warns_earlier_and_double_precision_inside_helps():
     A, b, x_bar = _data(10, 20, torch.float32)
     b_bar, given = _b_bar(A, b, x_bar, 1e-2)

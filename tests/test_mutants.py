@@ -123,6 +123,7 @@ def judge():
 
 @pytest.mark.parametrize("cond", [1e6, 1e10])
 @pytest.mark.parametrize("damp", [0.0, 1e-4])
+@pytest.mark.filterwarnings("ignore::funclsq.AccuracyWarning")  # the loss is what is bounded here
 def test_the_null_space_is_met_to_eps_cond(damp, cond):
     """At cond 1e6 one projection leaves 1e-4 of the range in the term across the null space."""
     g = torch.Generator().manual_seed(3)
