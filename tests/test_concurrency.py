@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
+import functools
 import gc
 import io
 import pickle
@@ -177,6 +178,41 @@ def test_a_copy_does_what_the_original_does(name, way):
         assert str(other) == str(thing)
     else:
         assert other is thing
+
+
+@functools.cache
+def of_a_submodule(name):
+    """An object, and a function that shows what it does."""
+    S, values, b = problem(12, 5)
+    A = fl.Sparse(S, values).to_dense()
+    unknown = torch.ones(5, 1, dtype=torch.float64)
+    if name in ("Descent", "History"):
+        descent = fl.solvers.gradient_descent(A, b, history=True, maxiter=20, on_failure="ignore")
+        if name == "Descent":
+            return descent, lambda d: (d.x, d.history.residual_norm)
+        return descent.history, lambda h: (h.residual_norm, h.normal_residual_norm)
+    if name == "Preconditioner":
+        return fl.preconditioners.incomplete(A), lambda P: (P.solve_normal(unknown),)
+    if name == "LeastSquares":
+        layer = fl.nn.LeastSquares(A, damp=0.5, trainable=("damp",))
+        return layer, lambda layer: (layer(b).detach(),)
+    if name == "RidgePath":
+        path = fl.ridge.ridge_path(A, b, torch.logspace(-2, 1, 7, dtype=torch.float64))
+        return path, lambda path: (path.x, path.solution_norm)
+    report = fl.validate.cross_check(A, b, oracles=["closed form"])
+    return report, lambda report: (torch.tensor([row.error for row in report.rows]),)
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, through_pickle, through_torch])
+@pytest.mark.parametrize(
+    "name", ["Descent", "History", "Preconditioner", "LeastSquares", "RidgePath", "Report"]
+)
+def test_a_copy_of_what_submodules_make_does_the_same(name, way):
+    thing, shown = of_a_submodule(name)
+    other = way(thing)
+    assert type(other) is type(thing)
+    for got, want in zip(shown(other), shown(thing), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_a_deep_copy_of_a_matrix_has_values_of_its_own():
