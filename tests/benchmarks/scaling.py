@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ from tests.benchmarks.suite import log
 from tests.benchmarks.timing import once
 
 __all__ = ["products", "scaling"]
+
+_seeds = itertools.count()
 
 
 def scaling(quick: bool, repetitions: int) -> dict[str, list[dict[str, Any]]]:
@@ -58,8 +61,8 @@ def _times(
     S = fl.SparsityPattern(problem.row, A.indices, A.shape)
     lead = () if batch is None else (batch,)
     seconds = []
-    for repetition in range(repetitions + 1):
-        g = torch.Generator().manual_seed(repetition)
+    for _ in range(repetitions + 1):
+        g = torch.Generator().manual_seed(next(_seeds))  # no values come twice
         noise = torch.randn((*lead, A.nnz), generator=g, dtype=torch.float64)
         values = (torch.from_numpy(A.data) * (1 + 0.01 * noise)).requires_grad_()
         shape = (*lead, A.shape[0], k)
