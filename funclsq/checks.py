@@ -47,6 +47,10 @@ def require_same(a: Tensor, b: Tensor, what: str, other: str, name: str) -> None
             f"{name}: {what} and {other} must have one dtype; got {a.dtype} and {b.dtype}. "
             f"Convert one with .to({b.dtype})."
         )
+    _require_device(a, b, what, other, name)
+
+
+def _require_device(a: Tensor, b: Tensor, what: str, other: str, name: str) -> None:
     if a.device != b.device:
         raise ValueError(
             f"{name}: {what} and {other} must be on one device; got {a.device} and {b.device}. "
@@ -69,22 +73,19 @@ def require_inexact(t: Any, what: str, name: str) -> None:
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the real part."""
+    """Dtype of the real part; ``dtype.to_real()``, which torch.compile cannot trace."""
     return {torch.complex64: torch.float32, torch.complex128: torch.float64}.get(dtype, dtype)
 
 
 def require_real_like(t: Tensor, b: Tensor, what: str, name: str) -> None:
     """Require the real dtype and the device of b."""
-    if t.dtype != real_dtype(b.dtype):
+    real = real_dtype(b.dtype)
+    if t.dtype != real:
         raise TypeError(
-            f"{name}: {what} must have dtype {real_dtype(b.dtype)} beside b of {b.dtype}; got "
-            f"{t.dtype}. Convert it with .to({real_dtype(b.dtype)})."
+            f"{name}: {what} must have dtype {real} beside b of {b.dtype}; got {t.dtype}. Convert "
+            f"it with .to({real})."
         )
-    if t.device != b.device:
-        raise ValueError(
-            f"{name}: {what} must be on the device of b, {b.device}; got {t.device}. Move one with "
-            f".to({str(b.device)!r})."
-        )
+    _require_device(t, b, what, "b", name)
 
 
 def require_finite(t: Tensor, what: str, name: str) -> None:

@@ -21,14 +21,14 @@ from funclsq.norms import column_norms
 __all__ = ["column_size", "warn_of_lost_digits"]
 
 
-PART = 0.01  # of g, which D^2 z is at least where a null space shows
+_PART = 0.01  # of g, which D^2 z is at least where a null space shows
 
 
 def column_size(op: Any, w: Tensor | None) -> Tensor:
     """Norm of the longest column of W^(1/2) A, (1,) or (B, 1); 0 where it is not known."""
     norms = (op if w is None else op.scaled(row=w.sqrt())).column_norms()
     if norms is None or norms.shape[-1] == 0:
-        return torch.zeros(1, dtype=torch.float64)
+        return torch.zeros(1, dtype=torch.float64, device=op.device)
     return norms.amax(-1, keepdim=True).double()
 
 
@@ -44,7 +44,7 @@ def warn_of_lost_digits(
     least = column_norms(y).double() + given / size
     eps = torch.finfo(g.dtype).eps
     share = (eps * size * (column_norms(z).double() / least)).nan_to_num(0.0, posinf=0.0)
-    share = torch.where(column_norms(d2.unsqueeze(-1) * z) > PART * given, share, 0.0)
+    share = torch.where(column_norms(d2.unsqueeze(-1) * z) > _PART * given, share, 0.0)
     worst = float(share.amax()) if share.numel() else 0.0
     if worst > eps**0.5:
         warnings.warn(

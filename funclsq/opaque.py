@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from funclsq.batching import vmap_sddmm, vmap_solve, vmap_spmm
-from funclsq.operators import SparseStructure, sddmm
+from funclsq.entries import sddmm
+from funclsq.operators import SparseStructure
 from funclsq.pattern import pattern_of_handle
 from funclsq.raw import INFO, plan_of_handle, raw_solve
 

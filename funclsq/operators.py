@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from funclsq.entries import entries_to_csr, sddmm
 from funclsq.pattern import SparsityPattern
-from funclsq.products import FEW_TERMS, csr_mm, csr_tensor, sddmm_csr, sddmm_few
+from funclsq.products import csr_mm, csr_tensor
 from funclsq.shapes import broadcast_shapes
 
 __all__ = [
@@ -83,56 +84,6 @@ class SparseStructure:
     def outer(self, params: tuple[Tensor, ...], U: Tensor, V: Tensor) -> tuple[Tensor]:
         """Sample U V^H at the stored entries; shaped like the values."""
         return (sddmm(self.pattern, U, V, batched=params[0].ndim == 2),)
-
-
-def entries_to_csr(pattern: SparsityPattern, values: Tensor) -> Tensor:
-    """Bring values in entry order to canonical CSR order, repeated entries summed."""
-    order = pattern.permutation("order", values.device)
-    if order is not None:
-        values = values.index_select(-1, order)
-    slot = pattern.permutation("slot", values.device)
-    if slot is not None:
-        out = values.new_zeros((*values.shape[:-1], pattern.nnz_unique))
-        values = out.index_add_(-1, slot, values)
-    return values
-
-
-def csr_to_entries(pattern: SparsityPattern, csr_values: Tensor) -> Tensor:
-    """Read CSR slots back in entry order (the adjoint of :func:`entries_to_csr`)."""
-    index = pattern.permutation("inverse_order", csr_values.device)
-    return csr_values if index is None else csr_values.index_select(-1, index)
-
-
-def sddmm(pattern: SparsityPattern, U: Tensor, V: Tensor, batched: bool) -> Tensor:
-    """sum_k U[row, k] conj(V[col, k]) at each entry; summed over members unless ``batched``."""
-    if U.ndim == 3 and not batched:
-        U, V = (t.movedim(0, 1).flatten(1) for t in (U, V))
-    if U.ndim == 2:
-        out = _sampled(pattern, U, V)
-    else:
-        count = U.shape[0]
-        if count == 0:
-            return U.new_zeros((0, pattern.nnz))
-        out = _sampled(pattern.repeated(count), U.flatten(0, 1), V.flatten(0, 1)).view(count, -1)
-    return csr_to_entries(pattern, out)
-
-
-def _sampled(pattern: SparsityPattern, U: Tensor, V: Tensor) -> Tensor:
-    if U.shape[1] <= FEW_TERMS and U.device.type == "cpu":
-        rows, cols = (pattern.tensor(name, U.device) for name in ("csr_rows", "indices"))
-        return sddmm_few(rows, cols, U, V)
-    return sddmm_csr(_csr(pattern, U.dtype, U.device), U, V)
-
-
-def _csr(pattern: SparsityPattern, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The pattern as a CSR tensor of zeros (kept: MKL reads the values even at beta = 0)."""
-    key = ("zeros", dtype, device)
-    found = pattern.cache.get(key)
-    if found is None:
-        indptr, indices = pattern.tensor("indptr", device), pattern.tensor("indices", device)
-        values = torch.zeros(pattern.nnz_unique, dtype=dtype, device=device)
-        found = pattern.cache[key] = csr_tensor(indptr, indices, values, pattern.shape)
-    return found
 
 
 class SparseOp:

@@ -17,9 +17,9 @@ from funclsq.beneath import beneath, tracing
 from funclsq.info import report
 from funclsq.solution import Status
 
-__all__ = ["narrowed", "widening"]
+__all__ = ["WIDE", "narrowed", "widening"]
 
-_WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 _NONFINITE = float(Status.NONFINITE)
 _DOUBLE = (torch.float64, "float64")
 _DOUBLE_COMPLEX = (*_DOUBLE, torch.complex128, "complex128")
@@ -52,7 +52,7 @@ def widening(
             f"{name}: compute_dtype must be None (as the data) or torch.float64; got "
             f"{compute_dtype!r} for data of {dtype}."
         )
-    return lambda d: _WIDE.get(d, d)
+    return lambda d: WIDE.get(d, d)
 
 
 def narrowed(x: Tensor, info: Tensor, dtype: torch.dtype, plan: Any) -> tuple[Tensor, Tensor]:

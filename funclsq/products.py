@@ -15,7 +15,7 @@ __all__ = ["FEW_TERMS", "csr_mm", "csr_tensor", "sddmm_csr", "sddmm_few"]
 
 COLUMN_BLOCK = 8  # torch's CSR product slows down erratically beyond this many columns
 SMALL_WORK = 1 << 18  # nnz x columns below which the cost of a call outweighs that
-FEW_TERMS = 4  # columns up to which gathering them one by one is 2 to 3 times faster than MKL
+FEW_TERMS = 4  # columns up to which gathering them one by one is 2 to 3 times faster
 _lock = threading.Lock()
 _announced = False
 

@@ -170,7 +170,7 @@ def _prepare(
     weighted = op if root is None else op.scaled(row=root)
     shift = _shift(plan, weighted, damp, top if w is None else None)
     if shift is not None:
-        alpha = power(shift, _real_dtype(op.dtype)).unsqueeze(-1)
+        alpha = power(shift, op.dtype.to_real()).unsqueeze(-1)
         rows = alpha.expand(*alpha.shape[:-1], op.shape[0])
         if root is not None:  # a row of weight 0 may overflow
             rows = torch.where(root > 0, rows, 0)
@@ -193,7 +193,7 @@ def _shift(plan: Plan, op: Operator, damp: Tensor | None, top: float | None) -> 
     if entries is None or entries.numel() == 0 or plan.options.step is not None:
         return None
     core = 1 if hasattr(op, "csr_values") else 2
-    real = _real_dtype(op.dtype)
+    real = op.dtype.to_real()
     if top is None:
         sizes = column_range(entries.reshape(*entries.shape[: entries.ndim - core], -1, 1))
     else:
@@ -268,7 +268,7 @@ def _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x, check, need_ax):
     m, n = plan.structure.shape
     some = c if c is not None else g
     k = some.shape[-1]
-    real = _real_dtype(some.dtype)
+    real = some.dtype.to_real()
     operands = (*((p, d) for p, d in zip(params, plan.structure.param_ndims)), (w, 1), (d2, 1))
     count = next((t.shape[0] for t, d in operands if t is not None and t.ndim > d), None)
     folded = count is None and any(t is not None and t.ndim == 3 for t in (c, g))
@@ -357,10 +357,6 @@ def _fold(t: Tensor | None, batch: Any) -> Tensor | None:
         return None
     t = t.expand(batch, *t.shape[-2:])
     return t.movedim(0, 1).reshape(t.shape[1], -1)
-
-
-def _real_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.empty(0, dtype=dtype).real.dtype if dtype.is_complex else dtype
 
 
 def _check_finite(name: str, *tensors: Tensor | None) -> None:

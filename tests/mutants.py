@@ -70,7 +70,7 @@ AREAS = {
         ("test_cholesky.py", "test_rank.py", "test_accuracy.py"),
     ),
     "structure": Area(
-        {"pattern": (), "products": (), "operators": (), "sparse": ()},
+        {"pattern": (), "products": (), "entries": (), "operators": (), "sparse": ()},
         ("test_operators.py", "test_structure.py"),
     ),
     "bridge": Area(

@@ -92,7 +92,7 @@ BEFORE_ANY_WORK = {
     "weights on another device": (
         _lstsq(A, B, weights=torch.ones(4, dtype=F64, device="meta")),
         ValueError,
-        r"weights must be on the device of b, cpu; got meta.*Move",
+        r"weights and b must be on one device; got meta and cpu.*Move",
     ),
     "sparse b": (
         _lstsq(A, B[:, None].to_sparse()),

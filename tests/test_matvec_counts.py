@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import funclsq as fl
-from funclsq import operators
+from funclsq import entries, operators
 from funclsq.methods._normal import Normal
 
 FULL_RANK = 1.3  # of the forward products: one run with z and A z together
@@ -179,7 +179,7 @@ def test_what_nobody_asks_for_costs_nothing(counts, monkeypatch):
     S, values = PROBLEMS["random"]()
     b = torch.randn(S.shape[0], dtype=torch.float64, requires_grad=True)
     for name in ("sddmm_csr", "sddmm_few"):
-        monkeypatch.setattr(operators, name, None)
+        monkeypatch.setattr(entries, name, None)
     x = fl.lstsq(fl.Sparse(S, values), b, solver="lsmr", rank="full")
     forward, _, _ = counts.take()
     x.sum().backward()

@@ -14,8 +14,9 @@ from cases import DTYPES, LAYOUTS, problem
 
 import funclsq as fl
 from funclsq import kept, raw, spare
+from funclsq.entries import sddmm
 from funclsq.matrix import matmul, outer, rmatmul
-from funclsq.operators import DenseStructure, SparseStructure, sddmm
+from funclsq.operators import DenseStructure, SparseStructure
 from funclsq.products import FEW_TERMS
 from funclsq.shapes import broadcast_shapes
 

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from funclsq.errors import ConvergenceWarning
+from funclsq.precision import WIDE
 from funclsq.raw import NotFiniteError, Plan, raw_solve
 from funclsq.solution import Status
 
 __all__ = ["HostSolve"]
-
-_WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
 class HostSolve:
@@ -99,7 +98,7 @@ def _on_failure(problem: Any) -> str:
 
 
 def _widen(t: Tensor | None) -> Tensor | None:
-    return t if t is None else t.to(_WIDE.get(t.dtype, t.dtype))
+    return t if t is None else t.to(WIDE.get(t.dtype, t.dtype))
 
 
 def _repair(structure, params, w, d2, c, g):

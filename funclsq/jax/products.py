@@ -24,11 +24,11 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from funclsq.entries import sddmm as raw_sddmm
 from funclsq.extent import largest
 from funclsq.jax.bridge import host_call, mechanism
 from funclsq.jax.rules import abstract, eager, no_tangent, vary
 from funclsq.operators import SparseStructure
-from funclsq.operators import sddmm as raw_sddmm
 from funclsq.pattern import SparsityPattern
 
 __all__ = ["mv", "rmv", "sddmm"]

@@ -106,7 +106,7 @@ def _iterate(B, rough, residual, step, start, eps, energy, image=False):
     q = residual(None)
     dx = rough(q)
     x = start(dx)
-    plain, power = _norm(q if image else dx), _power(dx, q)
+    plain, power = column_norms(q if image else dx), _power(dx, q)
     first = power if image else plain
     aim = plain
     done = ~torch.isfinite(first) | (first == 0)
@@ -119,12 +119,12 @@ def _iterate(B, rough, residual, step, start, eps, energy, image=False):
             break
         q = residual(x)
         dx = _conjugate_gradients(B, rough, q) if bool((inner & ~done).any()) else rough(q)
-        new_plain, new_power = _norm(q if image else dx), _power(dx, q)
+        new_plain, new_power = column_norms(q if image else dx), _power(dx, q)
         seen = []
         if energy:
-            whole = _norm(x) if image else _norm(B.mv(x))
+            whole = column_norms(x) if image else column_norms(B.mv(x))
             seen.append((new_power / power, new_power / whole))
-        seen.append((new_plain / plain, new_plain / (aim if image else _norm(x))))
+        seen.append((new_plain / plain, new_plain / (aim if image else column_norms(x))))
         rate, relative = seen[0]
         fast |= rate < _FAST
         # after fast ones, a correction that has stopped falling is rounding: leave it
@@ -145,10 +145,6 @@ def _iterate(B, rough, residual, step, start, eps, energy, image=False):
     status[((fast & (best < _SURE)) | (best == 0)) | (first == 0)] = int(Status.DIRECT)
     status[~torch.isfinite(x).all(-2)] = int(Status.NONFINITE)
     return x, status, steps
-
-
-def _norm(x: Tensor) -> Tensor:
-    return column_norms(x)
 
 
 def _power(dx: Tensor, q: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ import scipy  # its subpackages load on first use
 import torch
 from torch import Tensor
 
-from funclsq.operators import SparseOp, entries_to_csr
+from funclsq.entries import entries_to_csr
+from funclsq.operators import SparseOp
 from funclsq.pattern import SparsityPattern
 from funclsq.preconditioners._intake import take_in, untracked
 from funclsq.preconditioners._preconditioner import Preconditioner

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 import funclsq as fl
-from funclsq.operators import SparseStructure, sddmm
+from funclsq.entries import sddmm
+from funclsq.operators import SparseStructure
 from tests.benchmarks.problems import Problem, grid, random_rows
 from tests.benchmarks.suite import log
 from tests.benchmarks.timing import once
