@@ -203,6 +203,22 @@ def test_columns_solved_together_equal_columns_solved_alone(method):
 
 
 @METHODS
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+@pytest.mark.parametrize("damp", [1e-1, 1e-4, 1e-7])
+def test_little_damping_of_a_wide_matrix_takes_about_as_many_steps_as_rows(method, damp, spread):
+    """Unit columns would give the null space small eigenvalues of many sizes."""
+    rng = np.random.default_rng(3)
+    A, b = torch.as_tensor(rng.standard_normal((30, 90))), torch.as_tensor(rng.standard_normal(30))
+    d = damp * torch.as_tensor(spread ** rng.random(90))
+    raw = prepare(method, A, d).solve(b[:, None], None)
+    B = A / d
+    unit = torch.eye(30, dtype=torch.float64)
+    exact = (B.T @ torch.linalg.solve(B @ B.T + unit, b)) / d
+    assert (raw.x[:, 0] - exact).norm() < 1e-12 * exact.norm()
+    assert int(raw.iterations) <= 75  # 30 but for rounding; unit columns take up to 1000
+
+
+@METHODS
 def test_frozen_columns_are_not_touched(method):
     """A column that stopped keeps its bits however long the others go on."""
     hard = torch.as_tensor(graded(60, 30, 1e4, seed=1))

@@ -3,7 +3,10 @@
 solve(c, g) gives x = G^+ (A^H c + g) for G = A^H A + D^2, through B = [A; D] S:
 
 - B of full column rank: any column scaling S is admissible, and one run of ExtendedCg gives
-  z = G^-1 g with A z;
+  z = G^-1 g with A z. Unit columns as a rule; for m < n and D > 0 S = D^-1, which leaves
+  B^H B = (A S)^H A S + 1 with the one eigenvalue 1 on the null space of A S, where the right-hand
+  side A^H c has no part: at most m steps, and the condition of A A^H + D^2 decides. There z comes
+  from a run on (A S)^H (see _dual), as a g has a part in the null space that would drown A z;
 - otherwise the least-norm solution is wanted, which only S = 1 keeps: y = A^{+H} g by a run on
   A^H, and z = A^+ y by one on A.
 
@@ -95,7 +98,8 @@ class PreparedKrylov:
             self._full = None  # not known yet
         self._probed = False
         self.undecided = False  # the probe for the rank was cut short
-        self._scaled: dict[bool, tuple[Any, Tensor | None]] = {}
+        self._damp = _even(damp, self._column_norms) if damped and op.shape[0] < n else None
+        self._scaled: dict[str, tuple[Any, Tensor | None]] = {}
         self.cond: Tensor | None = None
 
     @property
@@ -162,11 +166,21 @@ class PreparedKrylov:
         """
         c, g = self._batched(c), self._batched(g)
         with torch.no_grad():
+            if c is None and self._by_rows():
+                assert g is not None
+                answer, y, x = self._dual(g)
+                return self._raw(x, answer)._replace(image=y)
             if not self.deficient:
                 answer, _, x = self._definite(c, g)
             else:
                 answer, x = self._least_norm(c, g)
             return self._raw(x, answer)
+
+    def loosely(self, tolerance: float) -> PreparedKrylov:
+        """Return the same operator, solved to a relative tolerance."""
+        o = self._options
+        loose = {"atol": max(tolerance, o.atol or 0.0), "btol": max(tolerance, o.btol or 0.0)}
+        return self.with_options(dataclasses.replace(o, **loose))
 
     def adjoint(self, g: Tensor) -> Raw:
         """Apply y = A G^+ g, which is A^{+H} g for D = 0, in one run.
@@ -183,7 +197,9 @@ class PreparedKrylov:
         """
         with torch.no_grad():
             g = self._batched(g)
-            if not self.deficient:
+            if self._by_rows():
+                answer, y, _ = self._dual(g)
+            elif not self.deficient:
                 answer, unit, _ = self._definite(None, g)
                 y = -answer.r * unit
             else:
@@ -212,11 +228,11 @@ class PreparedKrylov:
             cond = cond.amax()
         self.cond = cond if self.cond is None else torch.maximum(self.cond, cond)
 
-    # The three kinds of solve
+    # The four kinds of solve
 
     def _definite(self, c: Tensor | None, g: Tensor | None) -> tuple[Answer, Tensor, Tensor]:
         """Solve with column scaling; returns the answer for unit right-hand sides, unit, and x."""
-        op, scale = self._operator(columns=self._options.scale is not False)
+        op, scale = self._operator(self._scaling())
         c = None if c is None else _pad(c, op.shape[0])
         if g is not None and scale is not None:
             g = g * scale.unsqueeze(-1)
@@ -227,6 +243,24 @@ class PreparedKrylov:
         x = answer.x if scale is None else answer.x * scale.unsqueeze(-1)
         return answer, unit, x * unit
 
+    def _by_rows(self) -> bool:
+        """Whether G^-1 g is found by a run on A^H."""
+        o = self._options
+        return self._scaling() == "damping" and o.preconditioner is None and o.callback is None
+
+    def _dual(self, g: Tensor) -> tuple[Answer, Tensor, Tensor]:
+        """Solve min ||(A S)^H y - S g||^2 + e^2 ||y||^2, e = D S: y = A G^-1 g, and G^-1 g."""
+        op, scale = self._operator("damping")
+        size = op.damp[..., :1]
+        m, n = op.op.shape
+        stacked = StackedOp(_Adjoint(op.op), size.expand(*size.shape[:-1], m))
+        g = g if scale is None else g * scale.unsqueeze(-1)
+        unit = _unit(g)
+        answer = self._run(stacked, None, _pad(g / unit, m + n), None)
+        z = (g / unit - op.op.rmv(answer.x)) / size.unsqueeze(-1) ** 2
+        z = z if scale is None else z * scale.unsqueeze(-1)
+        return answer, answer.x * unit, z * unit
+
     def _least_norm(self, c: Tensor | None, g: Tensor | None) -> tuple[Answer, Tensor]:
         """Solve without scaling: x = A^+ (c + A^{+H} g)."""
         first = None
@@ -234,7 +268,7 @@ class PreparedKrylov:
             first, y = self._adjoint_least_norm(g)
             c = y if c is None else _pad(c, y.shape[-2]) + y
         assert c is not None
-        op, scale = self._operator(columns=False)
+        op, scale = self._operator("one")
         c = _pad(c, op.shape[0])
         unit = _unit(c)
         answer = self._run(op, scale, c / unit, None)
@@ -243,7 +277,7 @@ class PreparedKrylov:
 
     def _adjoint_least_norm(self, g: Tensor) -> tuple[Answer, Tensor]:
         """Solve min ||B^H y - g|| for the y of least norm."""
-        op, scale = self._operator(columns=False)
+        op, scale = self._operator("one")
         unit = _unit(g)
         answer = self._run(_Adjoint(op), None, g / unit, None)
         y = answer.x * unit
@@ -251,7 +285,7 @@ class PreparedKrylov:
 
     def _probe(self) -> bool:
         """Find whether B has full column rank: are random w the least-norm solutions for B S w."""
-        op, scale = self._operator(columns=True)
+        op, scale = self._operator("columns")
         eps = torch.finfo(op.dtype).eps
         count, level = (1, 1e-5) if eps < 1e-10 else (3, 2e-2)
         generator = torch.Generator().manual_seed(20110)
@@ -313,20 +347,36 @@ class PreparedKrylov:
             inverse=self._inverse(scale),
         )
 
-    def _operator(self, columns: bool) -> tuple[Any, Tensor | None]:
-        """B S and the diagonal of S: unit columns, or one factor for all that brings them to 1."""
-        found = self._scaled.get(columns)
+    def _scaling(self) -> str:
+        """The kind of column scaling where any is admissible."""
+        if self._options.scale is False:
+            return "one"
+        if self._options.scale is True or self._damp is None:
+            return "columns"
+        return "damping"
+
+    def _operator(self, kind: str) -> tuple[Any, Tensor | None]:
+        """B S and the diagonal of S.
+
+        S gives unit columns, or damping of one size for all of them, or is one factor for all; the
+        latter two bring the longest column to 1.
+        """
+        found = self._scaled.get(kind)
         if found is None:
             norm = self._column_norms
             if norm is None or norm.shape[-1] == 0:
                 found = (self._system, None)
             else:
-                if not columns:
+                if kind == "damping":
+                    assert self._damp is not None
+                    norm = self._damp * (norm / self._damp).amax(-1, keepdim=True)
+                elif kind == "one":
                     norm = norm.amax(-1, keepdim=True).expand_as(norm)
                 tiny = torch.finfo(norm.dtype).tiny
-                scale = torch.where(norm > tiny, 1 / norm.clamp_min(tiny), torch.ones_like(norm))
+                usable = (norm > tiny) & torch.isfinite(norm)
+                scale = torch.where(usable, 1 / norm.clamp_min(tiny), torch.ones_like(norm))
                 found = (self._system.scaled(col=scale), scale)
-            self._scaled[columns] = found
+            self._scaled[kind] = found
         return found
 
 
@@ -338,6 +388,13 @@ class _Adjoint:
         self.shape = (op.shape[1], op.shape[0])
         self.dtype, self.device = op.dtype, op.device
         self.mv, self.rmv = op.rmv, op.mv
+
+
+def _even(damp: Tensor | None, norms: Tensor | None) -> Tensor | None:
+    """The damping if columns can be scaled by it, or need not be, being one number."""
+    if damp is None or norms is None:
+        return damp if damp is not None and bool((damp == damp[..., :1]).all()) else None
+    return damp if bool(torch.isfinite(norms / damp).all()) else None
 
 
 def _pad(c: Tensor, rows: int) -> Tensor:

@@ -46,11 +46,15 @@ class Options:
 
 
 class Raw(NamedTuple):
-    """A solve's result: x (..., n, k); status and iterations (..., k)."""
+    """A solve's result: x (..., n, k); status and iterations (..., k).
+
+    ``image`` is B x - c, (..., m, k), where the method has it better than as a difference.
+    """
 
     x: Tensor
     status: Tensor
     iterations: Tensor
+    image: Tensor | None = None
 
 
 class Prepared(Protocol):

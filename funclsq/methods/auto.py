@@ -132,6 +132,11 @@ class PreparedAuto:
                 self._chosen = instead_of_cholesky(*arguments)
             return self._chosen.solve(c, g)
 
+    def loosely(self, tolerance: float) -> Prepared:
+        """Return the method chosen, solving to a relative tolerance if it iterates."""
+        chosen: Any = self._settle()
+        return chosen.loosely(tolerance) if hasattr(chosen, "loosely") else self
+
     def _dear(self, rhs: Tensor | None) -> bool:
         """Whether so many columns cost more by lsmr than by a factor yet to be made."""
         assert rhs is not None
