@@ -29,7 +29,7 @@ __all__ = ["Answer", "Settings", "solve_verified"]
 _PASSES = 4  # runs at most: the first and three corrections
 _REDUCTION = 1e-6  # of the residual by each run with a preconditioner, which makes runs short
 _TIGHTER = 32.0  # times, the tolerance of each further run with a preconditioner
-_LOOSER = 32.0  # times the tolerance, for a run whose x grew into a null space
+_LOOSER = 16.0  # times the tolerance, for a run whose x grew into a null space
 _SLACK = 4.0  # times what rounding explains that a true residual may be
 _AT_EPS = 1e3  # a tolerance below this many eps is called the rounding level
 _CONVERGED = np.array([Status(code).converged for code in Status])
@@ -174,7 +174,7 @@ def solve_verified(
     if settings.atol > asked.atol:
         # Loosened more than once, the tolerance may have been met by leaving out directions in
         # which A is small, but not null: one time is rounding's due, beyond it s itself must say.
-        pending |= _judge(answer, norms(s), targets, asked)
+        pending |= _judge(answer, norms(s), targets, asked, 1.0)
     answer.status[pending] = int(Status.STAGNATED)
     return answer
 
@@ -202,7 +202,13 @@ def _answer(op: Any, c: Tensor, g: Tensor | None, run: Run) -> tuple[Answer, Ten
     return Answer(run.x, r, run.status, run.iterations, run.anorm, run.acond), s
 
 
-def _judge(answer: Answer, snorm: np.ndarray, targets: Targets, settings: Settings) -> np.ndarray:
+def _judge(
+    answer: Answer,
+    snorm: np.ndarray,
+    targets: Targets,
+    settings: Settings,
+    slack: float = _SLACK,
+) -> np.ndarray:
     """Say which columns have ended, by their own estimates, and are not there by true residuals."""
     rnorm, xnorm = norms(answer.r), norms(answer.x)
     eps = settings.eps
@@ -213,9 +219,9 @@ def _judge(answer: Answer, snorm: np.ndarray, targets: Targets, settings: Settin
     if targets.consistent and settings.inverse is None:  # an x beyond the limit explains nothing
         image = np.where(_grown(answer, targets), 0.0, image)
     scale = settings.atol * rnorm + eps * (rnorm + targets.bnorm + image)
-    met = snorm <= _SLACK * anorm * scale
+    met = snorm <= slack * anorm * scale
     if targets.consistent:
-        met |= rnorm <= _SLACK * (settings.btol * targets.bnorm + settings.atol * image)
+        met |= rnorm <= slack * (settings.btol * targets.bnorm + settings.atol * image)
     stalled = answer.status == int(Status.STAGNATED)
     answer.status[stalled & met] = int(Status.NORMAL_RESIDUAL_AT_EPS)
     answer.status[~(np.isfinite(snorm) & np.isfinite(xnorm))] = int(Status.NONFINITE)
