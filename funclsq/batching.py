@@ -74,8 +74,8 @@ def vmap_solve(size, dims, param_ndims, tensors, call):
         if dims[4] is not None:  # one matrix is deficient or not, for every column
             gate = gate.movedim(dims[4], 0).amax(0)
         c, g = fold_columns(size, c, dims[2]), fold_columns(size, g, dims[3])
-        x, ax, info = call(w, d2, c, g, gate, *params)
+        x, s, info = call(w, d2, c, g, gate, *params)
         table = info.unflatten(-2, (size, -1)).movedim(-3, 0)
-        return unfold_columns(size, x), unfold_columns(size, ax), table
+        return unfold_columns(size, x), unfold_columns(size, s), table
     merged, inner = merge_batch(size, tensors, dims, (1, 1, 2, 2, 0, *param_ndims))
     return tuple(split_batch(size, inner, t) for t in call(*merged))

@@ -3,30 +3,32 @@
 The primitive. For A (m, n) of any rank, weights w >= 0, damping d2 = damp^2 >= 0, let
 W = diag(w), D2 = diag(d2), G = A^H W A + D2, and G^+ its pseudo-inverse. Then
 
-    S(A, w, d2; c, g) = (x, A x),     x = G^+ (A^H W c + g).
+    S(A, w, d2; c, g) = (x, s),     x = G^+ (A^H W c + g),     s = A x - c.
 
 With g absent x solves min ||W^(1/2)(A x - c)||^2 + x^H D2 x, of all minimisers the smallest
-(call it T c); with c absent it applies G^+. T^H k = W A G^+ k. Let P = G^+ G project on the range
-of G, and suppose that the rank of G is constant near (A, w, d2).
+(call it T c); with c absent it applies G^+, and s = A x. T^H k = W A G^+ k. Let P = G^+ G project
+on the range of G, and suppose that the rank of G is constant near (A, w, d2). It is s that S gives,
+and not A x, because with little damping and m < n it is so small beside c and A x that a difference
+of theirs has no digit of it right (see `funclsq.lost_digits`).
 
 Tangent. For a Hermitian G of constant rank (Golub & Pereyra 1973, eq. 4.12 with its symmetries)
 
     d(G^+) = -G^+ dG G^+  +  G^+ G^+ dG (I - P)  +  (I - P) dG G^+ G^+.
 
-Apply it to h = A^H W c + g and write r = c - A x, n_g = (I - P) g = (I - P) h, u = G^+ x. In
+Apply it to h = A^H W c + g and write r = c - A x = -s, n_g = (I - P) g = (I - P) h, u = G^+ x. In
 dG = dA^H W A + A^H dW A + A^H W dA + dD2, every factor A (I - P), dD2 (I - P) vanishes: the null
 space of G is where W^(1/2) A and D2 are zero (and, the rank being constant, rows of weight 0
 reach nothing new). So
 
     dx = S(dc - dA x,  dg + dA^H W r + A^H dW r - dD2 x + T(dA n_g)).x          (1)
          + (I - P) dA^H W A u                                                  (2)
-    d(A x) = dA x + A dx.
+    ds = dA x + A dx - dc,   which is the s of the solve in (1), as A (I - P) is zero.
 
-Cotangent. For (k, k_ax) let k <- k + A^H k_ax, (z, A z) = S(-; k), n_k = (I - P) k. Then
+Cotangent. For (k, k_s) let k <- k + A^H k_s, (z, A z) = S(-; k), n_k = (I - P) k. Then
 
-    c_bar  = W A z,       g_bar = z,
+    c_bar  = W A z - k_s,  g_bar = z,
     w_bar  = Re(conj(A z) r),      d2_bar = -Re(conj(z) x)         (summed over columns)
-    A_bar  = (W r) z^H - (W A z) x^H + k_ax x^H                     from (1)
+    A_bar  = (W r) z^H - (W A z - k_s) x^H                          from (1)
              + (W A u) n_k^H                                       from (2)
              + (W A G^+ z) n_g^H                                   from T(dA n_g),
 
@@ -34,6 +36,14 @@ A_bar at the stored entries only. All of it is finite at w = 0, where differenti
 is not, and at damp = 0. The two last terms vanish where G is invertible. Whether it is, is a
 property of (A, w, d2) and not of k: it is known statically (full_rank, damped), or S reports it
 as data per problem, ``deficient``, and a solve gated by it costs nothing where it is zero.
+
+One damping for all columns, d2 of length 1, has the sum of d2_bar. With m < n and g absent its
+terms cancel: x = -A^H W s / d2 is in the range of A^H, z mostly is not. That x is put in, here and
+in (1),
+
+    d2_bar = Re((A z)^H W s) / d2,         -dD2 x = A^H W t,  t = s dd2 / d2,
+
+and t, which takes the place of a dc, comes back into ds.
 
 b, x0 and damp are composed around S: x = x0 + S(A, w, damp^2; b - A x0).x.
 
@@ -72,17 +82,17 @@ class _ReverseSolve(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.plan, _, w, d2, c, g, gate, *params = inputs
-        x, ax, info = output
+        x, s, info = output
         ctx.mark_non_differentiable(info)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(w, d2, c, g, gate, x, ax, info, *params)
-        ctx.save_for_forward(w, d2, c, g, gate, x, ax, info, *params)
+        ctx.save_for_backward(w, d2, c, g, gate, x, s, info, *params)
+        ctx.save_for_forward(w, d2, c, g, gate, x, s, info, *params)
 
     @staticmethod
-    def backward(ctx, k, k_ax, _):
-        w, d2, c, g, gate, x, ax, info, *params = ctx.saved_tensors
+    def backward(ctx, k, k_s, _):
+        w, d2, c, g, gate, x, s, info, *params = ctx.saved_tensors
         bars = _pull(
-            ctx.plan, w, d2, c, g, gate, x, ax, info, tuple(params), k, k_ax, ctx.needs_input_grad
+            ctx.plan, w, d2, c, g, gate, x, s, info, tuple(params), k, k_s, ctx.needs_input_grad
         )
         return None, None, *bars
 
@@ -93,11 +103,11 @@ class _Solve(_ReverseSolve):
     @staticmethod
     def jvp(ctx, *tangents):
         with nested_forward_mode():
-            w, d2, c, g, gate, x, ax, info, *params = primals(ctx)
-            x_dot, ax_dot = _push(
-                ctx.plan, w, d2, c, g, gate, x, ax, info, tuple(params), tangents[2:]
+            w, d2, c, g, gate, x, s, info, *params = primals(ctx)
+            x_dot, s_dot = _push(
+                ctx.plan, w, d2, c, g, gate, x, s, info, tuple(params), tangents[2:]
             )
-        return x_dot, ax_dot, None
+        return x_dot, s_dot, None
 
     @staticmethod
     def vmap(batch, in_dims, plan, primary, *tensors):
@@ -118,39 +128,30 @@ def solve(
     params: tuple[Tensor, ...],
     primary: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """S(A, w, d2; c, g) -> (x, A x, info), differentiable in every tensor but gate."""
+    """S(A, w, d2; c, g) -> (x, A x - c, info), differentiable in every tensor but gate."""
     face = _ReverseSolve if torch.compiler.is_compiling() else _Solve
     return face.apply(plan, primary, w, d2, c, g, gate, *params)
 
 
-def _pull(plan, w, d2, c, g, gate, x, ax, info, params, k, k_ax, needs):
+def _pull(plan, w, d2, c, g, gate, x, s, info, params, k, k_s, needs):
     """Cotangents of (w, d2, c, g, gate, *params)."""
     count = 5 + len(params)
-    if k is None and k_ax is None:
+    if k is None and k_s is None:
         return (None,) * count
     need_w, need_d2, need_c, need_g, _, *need_params = needs[2:]
-    structure = plan.structure
-    if k_ax is not None:
-        pulled = rmatmul(structure, params, k_ax)
-        k = pulled if k is None else k + pulled
-    z, az, _ = solve(plan, w, d2, None, k, gate, params)
-    waz = _rows(w, az)
-    r = -ax if c is None else c - ax
+    k, z, az, waz_k = _adjoint(plan, w, d2, gate, params, k, k_s)
     w_bar = d2_bar = c_bar = g_bar = None
     if need_c:
-        c_bar = reduce_batch(waz, c)
+        c_bar = reduce_batch(waz_k, c)
     if need_g:
         g_bar = reduce_batch(z, g)
     if need_w:
-        w_bar = reduce_batch((az.conj() * r).real.sum(-1), w)
+        w_bar = reduce_batch(-(az.conj() * s).real.sum(-1), w)
     if need_d2:
-        d2_bar = reduce_batch(-(z.conj() * x).real.sum(-1), d2)
+        d2_bar = reduce_batch(_damping_cotangent(plan, d2, g, x, s, z, _rows(w, az)), d2)
     params_bar: tuple[Tensor | None, ...] = (None,) * len(params)
     if any(need_params):
-        lefts, rights = [_rows(w, r), -waz], [z, x]
-        if k_ax is not None:
-            lefts.append(k_ax)
-            rights.append(x)
+        lefts, rights = [-_rows(w, s), -waz_k], [z, x]
         deficient = _deficiency(plan, info, gate)
         if deficient is not None:
             au = _image_of_inverse(plan, w, d2, x, deficient, params)
@@ -158,53 +159,97 @@ def _pull(plan, w, d2, c, g, gate, x, ax, info, params, k, k_ax, needs):
                 lefts.append(_rows(w, au))
                 rights.append(_null(plan, params, w, d2, k, z, az, deficient, info))
             if g is not None and au is not None:
-                n_g = _null_of_g(plan, w, d2, c, g, x, ax, params, deficient, info)
+                n_g = _null_of_g(plan, w, d2, c, g, x, s, params, deficient, info)
                 agz = _image_of_inverse(plan, w, d2, z, deficient, params)
                 lefts.append(_rows(w, agz))
                 rights.append(n_g)
         U, V = _columns(lefts), _columns(rights)
-        params_bar = outer(structure, params, U, V)
+        params_bar = outer(plan.structure, params, U, V)
     return w_bar, d2_bar, c_bar, g_bar, None, *params_bar
 
 
-def _push(plan, w, d2, c, g, gate, x, ax, info, params, tangents):
-    """Tangents of (x, A x) for tangents of (w, d2, c, g, gate, *params)."""
+def _adjoint(plan, w, d2, gate, params, k, k_s):
+    """k + A^H k_s, z, A z and W A z - k_s (which is s of one solve where nothing divides k_s)."""
+    m, n = plan.structure.shape
+    total = k
+    if k_s is not None:
+        pulled = rmatmul(plan.structure, params, k_s)
+        total = pulled if k is None else k + pulled
+    if k_s is None or w is not None or d2 is None or m >= n:
+        z, az, _ = solve(plan, w, d2, None, total, gate, params)
+        waz = _rows(w, az)
+        return total, z, az, waz if k_s is None else waz - _gated(gate, k_s)
+    z, rest, _ = solve(plan, w, d2, k_s, k, gate, params)
+    return total, z, rest + _gated(gate, k_s), rest
+
+
+def _push(plan, w, d2, c, g, gate, x, s, info, params, tangents):
+    """Tangents of (x, s) for tangents of (w, d2, c, g, gate, *params)."""
     w_dot, d2_dot, c_dot, g_dot, _, *params_dot = tangents
     structure = plan.structure
     first, second = c_dot, g_dot
-    moved = any(t is not None for t in params_dot)
-    r = -ax if c is None else c - ax
-    deficient = null_term = adx = None
-    if moved:
+    deficient = null_term = share = None
+    if any(t is not None for t in params_dot):
         params_dot = tuple(
             torch.zeros_like(p) if t is None else t for p, t in zip(params, params_dot)
         )
-        adx = matmul_dot(structure, params, params_dot, x)
-        first = -adx if first is None else first - adx
-        second = _plus(second, rmatmul_dot(structure, params, params_dot, _rows(w, r)))
+        first = _plus(-matmul_dot(structure, params, params_dot, x), first)
+        second = _plus(-rmatmul_dot(structure, params, params_dot, _rows(w, s)), second)
         deficient = _deficiency(plan, info, gate)
     if w_dot is not None:
-        second = _plus(second, rmatmul(structure, params, _rows(w_dot, r)))
+        second = _plus(-rmatmul(structure, params, _rows(w_dot, s)), second)
     if d2_dot is not None:
-        second = _plus(second, -d2_dot.unsqueeze(-1) * x)
+        share, rest = _damping_tangent(plan, d2, d2_dot, g, x, s)
+        first = first if share is None else _plus(share, first)
+        second = second if rest is None else _plus(rest, second)
     if deficient is not None:
         if g is not None:
-            n_g = _null_of_g(plan, w, d2, c, g, x, ax, params, deficient, info)
+            n_g = _null_of_g(plan, w, d2, c, g, x, s, params, deficient, info)
             moved_null = matmul_dot(structure, params, params_dot, n_g)
             correction, _, _ = solve(plan, w, d2, moved_null, None, deficient, params)
-            second = _plus(second, correction)
+            second = _plus(correction, second)
         _, au, _ = solve(plan, w, d2, None, x, deficient, params)
         v = rmatmul_dot(structure, params, params_dot, _rows(w, au))
         null_term = _null(plan, params, w, d2, v, None, None, deficient, info)
     if first is None and second is None:
         return None, None
-    x_dot, ax_dot, _ = solve(plan, w, d2, first, second, gate, params)
+    x_dot, s_dot, _ = solve(plan, w, d2, first, second, gate, params)
+    if share is not None:  # it stands for a part of g_dot
+        s_dot = s_dot + share
     if null_term is not None:
         x_dot = x_dot + null_term
-        ax_dot = ax_dot + matmul(structure, params, null_term)
-    if adx is not None:
-        ax_dot = ax_dot + adx
-    return x_dot, ax_dot
+        s_dot = s_dot + matmul(structure, params, null_term)
+    return x_dot, s_dot
+
+
+def _cancelling(plan, d2, g):
+    """Whether the sum over z^H x may cancel, as one damping for all columns has it."""
+    m, n = plan.structure.shape
+    return g is None and d2.shape[-1] == 1 and m < n
+
+
+def _damping_cotangent(plan, d2, g, x, s, z, waz):
+    """-Re(conj(z) x) summed over columns, and over all of x where d2 is one number."""
+    terms = -(z.conj() * x).real.sum(-1)
+    if d2.shape[-1] == 1:
+        terms = terms.sum(-1, keepdim=True)
+    if not _cancelling(plan, d2, g):
+        return terms
+    positive = d2 > 0
+    other = (waz.conj() * s).real.sum((-2, -1)).unsqueeze(-1)
+    return torch.where(positive, other / torch.where(positive, d2, 1), terms)
+
+
+def _damping_tangent(plan, d2, d2_dot, g, x, s):
+    """What a tangent of d2 adds to c_dot and to g_dot; None for nothing."""
+    if not _cancelling(plan, d2, g):
+        return None, -d2_dot.unsqueeze(-1) * x
+    positive = d2 > 0
+    share = torch.where(positive, d2_dot / torch.where(positive, d2, 1), 0)
+    share = share.unsqueeze(-1) * s
+    if _is_zero(~positive):
+        return share, None
+    return share, -torch.where(positive, 0, d2_dot).unsqueeze(-1) * x
 
 
 def _image_of_inverse(plan, w, d2, v, gate, params):
@@ -240,11 +285,11 @@ def _null(plan, params, w, d2, v, z, az, deficient, info):
     return deficient.to(out.dtype)[..., None, None] * out
 
 
-def _null_of_g(plan, w, d2, c, g, x, ax, params, deficient, info):
+def _null_of_g(plan, w, d2, c, g, x, s, params, deficient, info):
     """n_g = (I - P) g; where c is present x is not G^+ g alone."""
     if c is not None:
-        x = ax = None
-    return _null(plan, params, w, d2, g, x, ax, deficient, info)
+        x = s = None
+    return _null(plan, params, w, d2, g, x, s, deficient, info)
 
 
 def _deficiency(plan: Plan, info: Tensor, gate: Tensor | None) -> Tensor | None:
@@ -279,8 +324,12 @@ def _rows(w: Tensor | None, t: Tensor) -> Tensor:
     return t if w is None else w.unsqueeze(-1) * t
 
 
-def _plus(a: Tensor | None, b: Tensor) -> Tensor:
-    return b if a is None else a + b
+def _gated(gate: Tensor | None, t: Tensor) -> Tensor:
+    return t if gate is None else gate[..., None, None] * t
+
+
+def _plus(a: Tensor, b: Tensor | None) -> Tensor:
+    return a if b is None else b + a
 
 
 def _columns(blocks: list[Tensor]) -> Tensor:

@@ -123,7 +123,7 @@ def refinement(p: Any, x: Tensor, c: Tensor | None, g: Tensor | None) -> Tensor:
             h = torch.stack(
                 [_second(g[..., j], A, p.w, s[..., j], p.d2, x[..., j]) for j in columns], -1
             )
-            dx, adx, _ = derivatives.solve(p.plan, p.w, p.d2, f, h, None, p.params)
+            dx, ds, _ = derivatives.solve(p.plan, p.w, p.d2, f, h, None, p.params)
             x = x + dx
-            s = s + (f - adx)
+            s = s - ds
         return x - start

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from funclsq import derivatives, raw
+from funclsq.beneath import differentiated
 from funclsq.inputs import Problem, canonical
 from funclsq.settings import settings
 
@@ -53,14 +54,16 @@ class Factorization:
         elif block.ndim > 2:
             flat = block.flatten(0, -3)
         c, g = (None, flat) if adjoint else (flat, None)
-        x, ax, _ = derivatives.solve(p.plan, p.w, p.d2, c, g, None, p.params, primary=not adjoint)
+        followed = differentiated(block, p.w, p.d2, *p.params)
+        plan = p.plan.with_derivatives() if followed else p.plan
+        x, s, _ = derivatives.solve(plan, p.w, p.d2, c, g, None, p.params, primary=not adjoint)
         lead = p.lead or block.shape[:-2]
 
         def back(t: Tensor) -> Tensor:
             t = t.reshape(*lead, *t.shape[-2:]).to(p.dtype)
             return t.squeeze(-1) if vector else t
 
-        return back(x), back(ax)
+        return back(x), back(s)
 
     def solve(self, b: Tensor) -> Tensor:
         """argmin ||W^(1/2)(A x - b)||^2 + damp^2 ||x||^2 for b (m,) or (..., m, k)."""

@@ -93,10 +93,11 @@ def _mark_nonfinite(x: Tensor, info: Tensor, norms: bool) -> None:
     info[..., 0] = torch.where(bad, float(Status.NONFINITE), info[..., 0])
 
 
-def residual_norms(op: Any, w: Any, d2: Any, c: Any, g: Any, x: Any, ax: Any) -> Any:
-    """||W^(1/2) r|| and ||A^H W r + g - D2 x|| for r = c - A x, per column."""
-    ax = op.mv(x) if ax is None else ax
-    r = -ax if c is None else c - ax
+def residual_norms(op: Any, w: Any, d2: Any, c: Any, g: Any, x: Any, s: Any) -> Any:
+    """||W^(1/2) r|| and ||A^H W r + g - D2 x|| for r = c - A x = -s, per column."""
+    if s is None:
+        s = op.mv(x) if c is None else op.mv(x) - c
+    r = -s
     normal = op.rmv(r if w is None else r * w.unsqueeze(-1))
     if g is not None:
         normal = normal + g

@@ -265,7 +265,7 @@ def _weights(weights, b, m, k, vector, name):
 
 
 def _damp(damp, b, n, name, widened):
-    """damp^2 as (..., n) or None, its batch shape, and whether it is statically positive."""
+    """damp^2 as (..., n), (..., 1) or None, its batch shape, and whether it is surely positive."""
     if isinstance(damp, (bool, complex)):
         raise TypeError(f"{name}: damp must be a real number or tensor; got {damp!r}.")
     if isinstance(damp, np.ndarray):
@@ -276,8 +276,7 @@ def _damp(damp, b, n, name, widened):
         if damp == 0:
             return None, (), False
         dtype = widened(real_dtype(b.dtype))
-        square = torch.full((n,), float(damp) ** 2, dtype=dtype, device=b.device)
-        return square, (), True
+        return torch.full((1,), float(damp) ** 2, dtype=dtype, device=b.device), (), True
     if not isinstance(damp, Tensor):
         raise TypeError(f"{name}: damp must be a real number or tensor; got {type(damp).__name__}.")
     if damp.dtype.is_complex:
@@ -291,8 +290,8 @@ def _damp(damp, b, n, name, widened):
         )
     require_not_negative(damp, "damp", name)
     square = damp.to(widened(damp.dtype)) ** 2  # squared after: 1e-25 has no square in float32
-    lead = tuple(square.shape[:-1]) if square.ndim > 1 else ()
-    return square.expand(*lead, n), lead, False
+    square = square.unsqueeze(-1) if square.ndim == 0 else square
+    return square, tuple(square.shape[:-1]), False
 
 
 def _start(x0, b, n, k, vector, name):

@@ -61,7 +61,7 @@ class Entry:
     prepared: Prepared
     shift: Tensor | None = None  # the method was prepared for 2^shift [W^(1/2) A; D]
     checked: bool = False  # the data was tested for NaN and Inf
-    size: Tensor | None = None  # norm of the longest column of W^(1/2) A, once it was asked for
+    size: Tensor | None = None  # about that of W^(1/2) A, once it was asked for
     number: int = 0
     found_by: Any = None
     own_bytes: int = 0

@@ -71,7 +71,7 @@ _single_solve_op.register_fake(lambda param, *rest: _fake_solve((param,), *rest)
 def solve_op(params, *rest):
     """S(A, w, d2; c, g) on (w, d2, c, g, gate, plan handle, primary, need_x), not differentiable.
 
-    With need_x false and c absent, only A x is promised. One tensor is passed
+    With need_x false and c absent, only s = A x is promised. One tensor is passed
     bare, since autograd's own vmap takes no lists.
     """
     if len(params) == 1:

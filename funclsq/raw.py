@@ -1,6 +1,6 @@
 """One raw solve, on plain tensors: what the derivative rules and the JAX callback both call.
 
-    x = G^+ (A^H W c + g),   G = A^H W A + diag(d2),   ax = A x.
+    x = G^+ (A^H W c + g),   G = A^H W A + diag(d2),   s = A x - c.
 
 A *plan* is what is static about a solve: structure, settings, what is known of the rank. The
 method prepared for given values (a factorisation, above all) is kept by content: the same
@@ -26,9 +26,9 @@ from funclsq import kept
 from funclsq.extent import extent, finite, largest
 from funclsq.info import INFO, report, residual_norms, table
 from funclsq.kept import Entry, Key
-from funclsq.lost_digits import column_size, warn_of_lost_digits
+from funclsq.lost_digits import recovered
 from funclsq.methods import registry
-from funclsq.methods._protocol import Options
+from funclsq.methods._protocol import Options, Prepared, Raw
 from funclsq.methods.auto import PreparedAuto
 from funclsq.operators import Operator
 from funclsq.range import column_range, exponent, extreme, power, representable, shifted, within
@@ -38,6 +38,7 @@ from funclsq.spare import copied, is_large
 __all__ = ["INFO", "NotFiniteError", "Plan", "clear_cache", "raw_solve", "solver_calls"]
 
 _PLANS = 32
+_REFINED = ("auto", "cholesky", "qr", "svd", "lsmr", "lsqr", "cgls")  # to working precision
 
 _lock = threading.RLock()
 _counter = itertools.count(1)
@@ -95,6 +96,10 @@ class Plan:
     def key(self) -> Key:
         """What a prepared method depends on besides values."""
         return Key(self.structure, self.options, self.full_rank)
+
+    def with_derivatives(self) -> Plan:
+        """Return the same plan, derivatives to follow."""
+        return self if self.differentiated else Plan.of(*self.__reduce__()[1][:-1], True)
 
     def __reduce__(self) -> tuple[Any, ...]:
         fields = [f.name for f in dataclasses.fields(self) if f.name != "handle"]
@@ -166,7 +171,7 @@ def _prepare(
     copies = tuple(None if t is None else copied(t) if keep else t for t in data)
     op = plan.structure.bind(copies[: len(params)])
     root = None if w is None else w.sqrt()
-    damp = None if d2 is None else d2.sqrt()
+    damp = None if d2 is None else d2.sqrt().expand(*d2.shape[:-1], op.shape[1]).contiguous()
     weighted = op if root is None else op.scaled(row=root)
     shift = _shift(plan, weighted, damp, top if w is None else None)
     if shift is not None:
@@ -247,23 +252,23 @@ def raw_solve(
     norms: bool = True,
     need_x: bool = True,
     check: bool | None = None,
-    need_ax: bool = True,
+    need_s: bool = True,
 ) -> tuple[Tensor, Any, Tensor]:
-    """x = G^+ (A^H W c + g), ax = A x and the info table; shapes as in ``derivatives``.
+    """x = G^+ (A^H W c + g), s = A x - c and the info table; shapes as in ``derivatives``.
 
     ``norms`` marks the solve that a user asked for: input is checked (``check`` overrides that)
     and residual norms are computed; derivative solves skip what they do not need. With
-    ``need_x`` false and c absent only ax is wanted, and x may be left zero. With ``need_ax``
-    false, which says that no derivative follows, ax may be None, and nothing large is copied in
+    ``need_x`` false and c absent only s is wanted, and x may be left zero. With ``need_s``
+    false, which says that no derivative follows, s may be None, and nothing large is copied in
     order to be found again, unless the same values come a second time.
     """
     if check is None:
         check = norms and plan.check_finite
     with torch.no_grad():
-        return _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x, check, need_ax)
+        return _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x, check, need_s)
 
 
-def _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x, check, need_ax):
+def _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x, check, need_s):
     global _made
     m, n = plan.structure.shape
     some = c if c is not None else g
@@ -291,7 +296,7 @@ def _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x, check, need_ax):
         c, g = (_fold(t, batch) for t in (c, g))
     elif batch is not None:
         c, g = (t if t is None else t.expand(batch, *t.shape[-2:]) for t in (c, g))
-    once = not need_ax and not callable(plan.options.solver)  # a user's solver may keep its A
+    once = not need_s and not callable(plan.options.solver)  # a user's solver may keep its A
     entry = _prepare(plan, params, w, d2, check, once)
     if gate is not None and not deficiency(entry):
         return _skipped(some, lead, m, n, k, real)
@@ -304,29 +309,62 @@ def _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x, check, need_ax):
     as_is = entry.shift is None and all(within(size, real) for size in ranges)
     adjoint = getattr(entry.prepared, "adjoint", None)
     if not need_x and c is None and w is None and adjoint is not None:
-        _, g, e, _ = (None, g, None, None) if as_is else _in_range(entry.shift, None, g)
-        result = adjoint(g)  # one Krylov run gives A G^+ g, a second one would give G^+ g
-        ax = result.x if e is None else shifted(result.x, e)
-        x = some.new_zeros((*ax.shape[:-2], n, ax.shape[-1]))
+        # one Krylov run gives A G^+ g, a second one would give G^+ g
+        scaled, e = (g, None) if as_is else _in_range(entry.shift, None, g)[1:3]
+        result = adjoint(scaled)
+        s = result.x if e is None else shifted(result.x, e)
+        x = some.new_zeros((*s.shape[:-2], n, s.shape[-1]))
     else:
-        c_in, g_in, back = weighted, g, None
-        if not as_is:
-            c_in, g_in, _, back = _in_range(entry.shift, weighted, g)
-        result = entry.prepared.solve(c_in, g_in)
-        x = result.x if back is None else shifted(result.x, back)
-        ax = entry.op.mv(x) if need_ax else None
-        if c is None and d2 is not None and ax is not None and plan.on_failure == "warn":
-            if entry.size is None:
-                entry.size = column_size(entry.op, w)
-            warn_of_lost_digits(entry.size, w, d2, g, x, ax)
-    found = functools.partial(residual_norms, entry.op, w, d2, c, g, x, ax)
+        x, s, result = _applied(entry, entry.prepared, w, weighted, g, as_is)
+        if need_s and s is None:
+            ax = entry.op.mv(x)
+            s = ax if c is None else ax - c
+            followed = plan.differentiated or not norms
+            if d2 is not None and followed and plan.options.solver in _REFINED:
+                refined, s = recovered(plan, entry, w, d2, c, g, x, s, _again)
+                x = x if norms else refined  # the same with and without derivatives
+    found = functools.partial(residual_norms, entry.op, w, d2, c, g, x, s)
     known = found() if norms and plan.residuals else None
     info = table(x, result.status, result.iterations, known, entry.prepared, True)
     report(plan.on_failure, info, found if norms else lambda: None)
     if folded:
-        x, ax = (t if t is None else t.unflatten(1, (*lead, -1)).movedim(1, 0) for t in (x, ax))
+        x, s = (t if t is None else t.unflatten(1, (*lead, -1)).movedim(1, 0) for t in (x, s))
         info = info.unflatten(0, (*lead, -1))
-    return x.contiguous(), None if ax is None else ax.contiguous(), info
+    return x.contiguous(), None if s is None else s.contiguous(), info
+
+
+def _applied(
+    entry: Entry,
+    prepared: Prepared,
+    w: Tensor | None,
+    c: Tensor | None,
+    g: Tensor | None,
+    as_is: bool,
+) -> tuple[Tensor, Tensor | None, Raw]:
+    """x, s if the method has it, and what it says, for W^(1/2) c and g.
+
+    ``as_is`` says that all is of moderate size.
+    """
+    e = back = None
+    if not as_is:
+        c, g, e, back = _in_range(entry.shift, c, g)
+    result = prepared.solve(c, g)
+    x, s = result.x, result.image
+    if s is not None and w is not None:  # of W^(1/2) A
+        root = w.sqrt().unsqueeze(-1)
+        s = s / root if bool((w > 0).all()) else None
+    if back is not None:
+        x, s = shifted(x, back), None if s is None or e is None else shifted(s, e)
+    return x, s, result
+
+
+def _again(entry: Entry, w: Tensor | None, g: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """G^-1 g and A G^-1 g for one more g, to a relative tolerance if that saves steps."""
+    loosely = getattr(entry.prepared, "loosely", None)
+    prepared = entry.prepared if loosely is None else loosely(tolerance)
+    as_is = entry.shift is None and within(column_range(g), g.dtype.to_real())
+    x, s, _ = _applied(entry, prepared, w, None, g, as_is)
+    return x, entry.op.mv(x) if s is None else s
 
 
 def _in_range(shift: Tensor | None, c: Tensor | None, g: Tensor | None) -> tuple[Any, ...]:

@@ -165,20 +165,28 @@ def little_damped(kind, damp):
 @pytest.mark.parametrize("damp", [1e-1, 1e-3, 1e-5, 1e-7])
 @pytest.mark.parametrize("kind", ["wide", "deficient"])
 def test_little_damping_beside_a_null_space(kind, damp, solver):
-    """Rounding of [A; damp I], of condition 1 / damp, moves x by eps / damp, gradients by more."""
+    """Of full row rank, its condition 30 bounds the error; dependent, that of [A; damp I] does."""
     A, b, k, x, A_bar, b_bar = little_damped(kind, damp)
     leaf, rhs = torch.from_numpy(A).requires_grad_(), torch.from_numpy(b).requires_grad_()
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         got = fl.lstsq(leaf, rhs, damp=damp, solver=solver)
         bars = torch.autograd.grad(got @ torch.from_numpy(k), (leaf, rhs))
+    errors = [
+        np.linalg.norm(t.detach().numpy() - exact)
+        for t, exact in zip((got, *bars), (x, A_bar, b_bar))
+    ]
+    # half of the digits of b_bar, and it is said; near that it may be or not
+    lost = errors[2] / np.linalg.norm(b_bar)
     said = [issubclass(w.category, fl.AccuracyWarning) for w in given]
-    assert all(said) and bool(said) == (damp < 1e-4)  # half of the digits, and it is said
+    assert all(said) and (said or lost < 10 * EPS**0.5) and not (said and lost < 0.1 * EPS**0.5)
+    if kind == "wide":
+        sizes = [np.linalg.norm(t) for t in (x, A_bar, b_bar)]
+        assert all(e <= 100 * EPS * 30**2 * size for e, size in zip(errors, sizes))
+        return
     size, seed = np.linalg.norm(x) + np.linalg.norm(b), np.linalg.norm(k)
     inverse = 1 / damp  # ||[A; damp I]^+||, for ||A|| = 1
     residual = np.linalg.norm(b - A @ x)
-    error = np.linalg.norm(got.detach().numpy() - x)
-    assert error <= 100 * EPS * inverse * (size + inverse * residual)
     moved = (residual * inverse**3 + size * inverse**2) * seed
-    assert np.linalg.norm(bars[0].numpy() - A_bar) <= 100 * EPS * moved
-    assert np.linalg.norm(bars[1].numpy() - b_bar) <= 100 * EPS * inverse**2 * seed
+    assert errors[0] <= 100 * EPS * inverse * (size + inverse * residual)
+    assert errors[1] <= 100 * EPS * moved and errors[2] <= 100 * EPS * inverse**2 * seed

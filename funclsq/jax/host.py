@@ -37,14 +37,14 @@ class HostSolve:
         self._aux = self._params + len(problem.structure.aux_ndims)
         rank = itertools.count(self._aux)
         self._slots = [next(rank) if present else None for present in has]
-        self._needs = ("x" in problem.results, "ax" in problem.results)
+        self._needs = ("x" in problem.results, "s" in problem.results)
         self._plan: Plan | None = None
 
     def _plan_for(self, structure: Any) -> Plan:
         if self._plan is None or self._plan.structure is not structure:
             p = self._problem
             fixed = (p.options, p.full_rank, p.damped, _on_failure(p), p.check_finite)
-            self._plan = Plan.of(structure, *fixed, p.residuals, "ax" in p.results)
+            self._plan = Plan.of(structure, *fixed, p.residuals, "s" in p.results)
         return self._plan
 
     def __call__(self, outputs: Any, inputs: Any) -> None:
@@ -59,15 +59,15 @@ class HostSolve:
         if problem.compute_dtype == "float64":
             params = tuple(map(_widen, params))
             w, d2, c, g = map(_widen, (w, d2, c, g))
-        plan, (need_x, need_ax), bad = self._plan_for(structure), self._needs, None
+        plan, (need_x, need_s), bad = self._plan_for(structure), self._needs, None
         primary, check = problem.primary, problem.check_finite
         try:
-            found = raw_solve(plan, params, w, d2, c, g, gate, primary, need_x, check, need_ax)
+            found = raw_solve(plan, params, w, d2, c, g, gate, primary, need_x, check, need_s)
         except NotFiniteError:
             params, w, d2, c, g, bad = _repair(structure, params, w, d2, c, g)
-            found = raw_solve(plan, params, w, d2, c, g, gate, primary, need_x, False, need_ax)
+            found = raw_solve(plan, params, w, d2, c, g, gate, primary, need_x, False, need_s)
         out = dict(zip(problem.results, outputs))
-        for name, value in zip(("x", "ax"), found):
+        for name, value in zip(("x", "s"), found):
             if name in out:
                 out[name].copy_(value)
         info = found[2]
@@ -125,7 +125,7 @@ def _clean(t: Tensor | None) -> Tensor | None:
 
 
 def _spoil(problem, bad, out):
-    for name in ("x", "ax"):
+    for name in ("x", "s"):
         if name in out:
             out[name].masked_fill_(bad.unsqueeze(-2), torch.nan)
     if not bool(bad.any()):

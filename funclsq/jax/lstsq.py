@@ -173,7 +173,7 @@ def _run(call: Call, arrays: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
     d2 = arrays["damp"]
     if d2 is not None:
         d2 = jnp.square(jnp.asarray(d2).astype(real))
-        d2 = jnp.broadcast_to(d2, (*d2.shape[:-1], n))
+        d2 = d2[None] if d2.ndim == 0 else d2
     if x0 is not None:
         x0 = x0[..., None] if call.vector or x0.ndim == 1 else x0
         x0 = jnp.broadcast_to(x0, (*x0.shape[:-1], k))

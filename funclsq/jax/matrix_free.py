@@ -92,9 +92,10 @@ class Function:
             total = runs[0].x if total is None else total + runs[0].x
         runs.append(lsmr(mv, rmv, total, **settings))
         x = runs[-1].x
-        ax = self.mv(ops.params, ops.aux, x)
+        s = self.mv(ops.params, ops.aux, x)
+        s = s if ops.c is None else s - ops.c
         deficient = _deficient(problem, ops, lead, jnp.finfo(x.dtype).dtype)
-        return x, ax, self._info(ops, x, ax, runs, deficient), deficient
+        return x, s, self._info(ops, x, s, runs, deficient), deficient
 
     def _lead(self, ops):
         """Batch shape of a solve."""
@@ -125,16 +126,15 @@ class Function:
 
         return mv, rmv
 
-    def _info(self, ops, x, ax, runs, deficient):
+    def _info(self, ops, x, s, runs, deficient):
         """Status, iterations, both residual norms, rank, condition, deficiency, method."""
-        r = -ax if ops.c is None else ops.c - ax
-        wr = r if ops.w is None else ops.w[..., None] * r
-        normal = self.rmv(ops.params, ops.aux, wr)
+        ws = s if ops.w is None else ops.w[..., None] * s
+        normal = -self.rmv(ops.params, ops.aux, ws)
         if ops.g is not None:
             normal = normal + ops.g
         if ops.d2 is not None:
             normal = normal - ops.d2[..., None] * x
-        residual = jnp.sqrt(jnp.maximum(jnp.real(jnp.conj(r) * wr).sum(-2), 0))
+        residual = jnp.sqrt(jnp.maximum(jnp.real(jnp.conj(s) * ws).sum(-2), 0))
         columns = (
             _worst([run.status for run in runs]),
             sum(run.iterations for run in runs),

@@ -1,15 +1,16 @@
 """The one primitive of least squares for JAX, closed under every transform.
 
-    S(A, w, d2; c, g) = (x, A x, info, deficient),   x = G^+ (A^H W c + g),
+    S(A, w, d2; c, g) = (x, s, info, deficient),   x = G^+ (A^H W c + g),   s = A x - c,
     G = A^H W A + D2,   W = diag(w),   D2 = diag(d2).
 
-It is linear in (c, g). Its tangent (derivation in ``funclsq.derivatives``), with r = c - A x,
+It is linear in (c, g). Its tangent (derivation in ``funclsq.derivatives``), with r = -s,
 n_g = (I - P) g, u = G^+ x, v = dA^H W A u and P = G^+ G, is
 
     dx = S(dc - dA x,  dg + dA^H W r + A^H dW r - dD2 x + T(dA n_g)).x + (I - P) v
        = S(dc - dA x - A v,  dg + dA^H W r + A^H dW r - dD2 x + T(dA n_g) - D2 v).x + v,
 
-the second line because P v = G^+ (A^H W A v + D2 v) is itself a value of S. So there is one
+the second line because P v = G^+ (A^H W A v + D2 v) is itself a value of S; ds is the s of that
+solve. So there is one
 solve that depends on tangents, and its transpose, S(-, k) again, is the one adjoint solve of
 reverse mode. T(dA n_g) and u vanish where G is invertible; they are *gated*: S given a ``gate``
 operand (the ``deficient`` of the problem, 0 or 1) returns zeros without a solve where it is 0, so
@@ -17,8 +18,8 @@ the rules are the same whether or not A is deficient, under ``jit`` and ``vmap``
 
 A problem names the ``results`` that somebody reads: each costs a buffer and a copy.
 
-Transpose, for cotangents (k, k_ax), without conjugation as JAX wants it: let
-(z, az) = S(-; conj(k) + A^H conj(k_ax)); then g_bar = conj(z) and c_bar = conj(W az).
+Transpose, for cotangents (k, k_s), without conjugation as JAX wants it: let
+(z, az) = S(-; conj(k) + A^H conj(k_s)); then g_bar = conj(z) and c_bar = conj(W az) - k_s.
 
 ``vmap`` over c and g alone appends columns (one problem, one solve); over anything else it gives
 the operands a leading batch dimension.
@@ -43,7 +44,7 @@ from funclsq.raw import INFO
 
 __all__ = ["RESULTS", "Operands", "Problem", "S"]
 
-RESULTS = ("x", "ax", "info", "deficient")
+RESULTS = ("x", "s", "info", "deficient")
 
 solve_p = Primitive("funclsq_lstsq")
 solve_p.multiple_results = True
@@ -123,7 +124,7 @@ def _results(flat, problem, has):
     real = jnp.finfo(some.dtype).dtype
     every = {
         "x": ((*lead, n, k), some.dtype),
-        "ax": ((*lead, m, k), some.dtype),
+        "s": ((*lead, m, k), some.dtype),
         "info": ((*lead, k, INFO), real),
         "deficient": (lead, real),
     }
@@ -175,25 +176,23 @@ def _jvp(primals, tangents, *, problem, has):
     A = problem.structure
     ops = Operands.unflatten(A, has, primals)
     dots = Operands.unflatten(A, has, tangents)
-    every = x, ax, _, deficient = S(problem, ops, *RESULTS)
+    every = x, s, _, deficient = S(problem, ops, *RESULTS)
     out = [every[RESULTS.index(name)] for name in problem.results]
     still = [no_tangent(t) for t in out]
     derived = dataclasses.replace(problem, primary=False)
-    params, aux, w, d2, c, g, gate = ops
-    r = -ax if c is None else c - ax
-    top, bottom, outside, adx = [], [], [], None
+    params, aux, w, d2, _, g, gate = ops
+    top, bottom, outside, share = [], [], [], []
     if any(map(_given, dots.params)):
         params_dot = tuple(map(ad.instantiate_zeros, dots.params))
-        adx = A.mv_dot(params, params_dot, aux, x)
-        top.append(-adx)
-        bottom.append(A.rmv_dot(params, params_dot, aux, _rows(w, r)))
+        top.append(-A.mv_dot(params, params_dot, aux, x))
+        bottom.append(-A.rmv_dot(params, params_dot, aux, _rows(w, s)))
         if not problem.nonsingular:
             solve = functools.partial(_gated, derived, ops, deficient)
             if g is not None:
-                n_g = g + A.rmv(params, aux, _rows(w, r)) - (0 if d2 is None else _rows(d2, x))
+                n_g = g - A.rmv(params, aux, _rows(w, s)) - (0 if d2 is None else _rows(d2, x))
                 n_g = jnp.where(deficient[..., None, None] > 0, n_g, 0)
                 bottom.append(solve("x", c=A.mv_dot(params, params_dot, aux, n_g)))
-            au = solve("ax", g=x)
+            au = solve("s", g=x)
             v = A.rmv_dot(params, params_dot, aux, _rows(w, au))
             # One projection leaves eps cond^2 |v| of the range behind; the main solve makes
             # the second.
@@ -208,21 +207,33 @@ def _jvp(primals, tangents, *, problem, has):
     if _given(dots.g):
         bottom.append(dots.g)
     if _given(dots.w):
-        bottom.append(A.rmv(params, aux, _rows(dots.w, r)))
+        bottom.append(-A.rmv(params, aux, _rows(dots.w, s)))
     if _given(dots.d2):
-        bottom.append(-_rows(dots.d2, x))
+        share, rest = _damping_tangent(A, d2, dots.d2, g, x, s)
+        top.extend(share)
+        bottom.append(rest)
     if not top and not bottom:
         return out, still
-    names = [name for name in ("x", "ax") if name in problem.results]
+    names = [name for name in ("x", "s") if name in problem.results]
     if not names:
         return out, still
     rhs = Operands(params, aux, w, d2, _sum(top), _sum(bottom), gate)
     moved = dict(zip(names, S(dataclasses.replace(derived, results=tuple(names)), rhs)))
     if "x" in moved:
         moved["x"] = _sum([moved["x"], *outside])
-    if "ax" in moved and adx is not None:
-        moved["ax"] = _sum([moved["ax"], adx, *(A.mv(params, aux, v) for v in outside)])
+    if "s" in moved:
+        moved["s"] = _sum([moved["s"], *share])
     return out, [moved.get(name, zero) for name, zero in zip(problem.results, still)]
+
+
+def _damping_tangent(A, d2, d2_dot, g, x, s):
+    """What a tangent of d2 adds to c_dot (not to that in s), if anything, and to g_dot."""
+    m, n = A.shape
+    if g is not None or d2.shape[-1] != 1 or m >= n:
+        return [], -_rows(d2_dot, x)
+    positive = d2 > 0
+    share = jnp.where(positive, d2_dot / jnp.where(positive, d2, 1), 0)
+    return [_rows(share, s)], -_rows(jnp.where(positive, 0, d2_dot), x)
 
 
 def _gated(problem, ops, gate, result, c=None, g=None):
@@ -240,19 +251,24 @@ def _transpose(cts, *flat, problem, has):
     A = problem.structure
     ops = Operands.unflatten(A, has, flat)
     linear = [ad.is_undefined_primal(t) for t in flat]
-    k, k_ax = (dict(zip(problem.results, cts)).get(name) for name in ("x", "ax"))
+    k, k_s = (dict(zip(problem.results, cts)).get(name) for name in ("x", "s"))
     bars: dict[str, Any] = {}
-    if _given(k) or _given(k_ax):
+    if _given(k) or _given(k_s):
         params, aux, w, d2, c, g, gate = ops
+        gk_s = k_s if gate is None or not _given(k_s) else gate[..., None, None] * k_s
         terms = [jnp.conj(k)] if _given(k) else []
-        if _given(k_ax):
-            terms.append(A.rmv(params, aux, jnp.conj(k_ax)))
-        names = [n for n, t in (("x", g), ("ax", c)) if ad.is_undefined_primal(t)]
-        adjoint = Operands(params, aux, w, d2, None, _sum(terms), gate)
+        first = None
+        if _given(k_s) and _cancelling(A, w, d2):
+            first = jnp.conj(k_s)
+        elif _given(k_s):
+            terms.append(A.rmv(params, aux, jnp.conj(k_s)))
+        names = [n for n, t in (("x", g), ("s", c)) if ad.is_undefined_primal(t)]
+        adjoint = Operands(params, aux, w, d2, first, _sum(terms), gate)
         found = S(dataclasses.replace(problem, results=tuple(names)), adjoint)
-        z, az = (dict(zip(names, found)).get(name) for name in ("x", "ax"))
+        z, az = (dict(zip(names, found)).get(name) for name in ("x", "s"))
         if az is not None:
-            bars["c"] = _reduce(jnp.conj(_rows(w, az)), c.aval)
+            waz = jnp.conj(_rows(w, az))
+            bars["c"] = _reduce(waz - gk_s if _given(k_s) and first is None else waz, c.aval)
         if z is not None:
             bars["g"] = _reduce(jnp.conj(z), g.aval)
     flat_bars = _named(A, has, bars)
@@ -260,6 +276,12 @@ def _transpose(cts, *flat, problem, has):
         (ad.Zero(t.aval) if bar is None else bar) if is_linear else None
         for t, is_linear, bar in zip(flat, linear, flat_bars)
     ]
+
+
+def _cancelling(A, w, d2):
+    """Whether W A z - k_s, given as s by one solve, is better than a difference."""
+    m, n = A.shape
+    return w is None and d2 is not None and m < n
 
 
 def _named(structure, has, bars):
@@ -318,7 +340,7 @@ def _more_columns(size, ops, dims, problem):
         gate = gates.max(0)
     out = dict(zip(problem.results, S(problem, ops._replace(c=c, g=g, gate=gate))))
     unfolded = dict.fromkeys(out, fold)
-    for name, axis in (("x", -1), ("ax", -1), ("info", -2)):
+    for name, axis in (("x", -1), ("s", -1), ("info", -2)):
         if fold and name in out:
             t = out[name]
             out[name] = jnp.moveaxis(_unfold(size, t, t.ndim + axis), t.ndim + axis, 0)
