@@ -41,7 +41,7 @@ def batch_op(members) -> SparseOp:
 
 def solve(prepared, c=None, g=None):
     as_tensor = [None if v is None else torch.from_numpy(v) for v in (c, g)]
-    x, status, _ = prepared.solve(*as_tensor)
+    x, status, *_ = prepared.solve(*as_tensor)
     return x.numpy(), status
 
 
@@ -251,14 +251,14 @@ def test_batch_equals_loop(n, damped):
     c, g = torch.randn(5, 3 * n, 2).double(), torch.randn(5, n, 2).double()
     op = batch_op(members)
     whole = prepare(op, damp, Options())
-    x, status, _ = whole.solve(c, g)
+    x, status, *_ = whole.solve(c, g)
     assert x.shape == (5, n, 2)
     assert status.shape == (5, 2)
     for i in range(5):
         one = prepare(
             SparseOp(op.pattern, op.csr_values[i]), None if damp is None else damp[i], Options()
         )
-        alone, s, _ = one.solve(c[i], g[i])
+        alone, s, *_ = one.solve(c[i], g[i])
         bound = 1e-10 if i != 3 or damped else 1e-4
         assert error(x[i].numpy(), alone.numpy()) <= bound
         assert torch.equal(status[i], s)
@@ -270,7 +270,7 @@ def test_batch_of_dampings_on_one_matrix():
     A = integer_matrix(30, 10, 10)
     damp = torch.tensor([[0.5], [2.0]], dtype=torch.float64).expand(2, 10)
     c = torch.randn(30, 1, dtype=torch.float64)
-    x, _, _ = prepare(sparse_op(A), damp, Options()).solve(c, None)
+    x, *_ = prepare(sparse_op(A), damp, Options()).solve(c, None)
     for i, d in enumerate((0.5, 2.0)):
         true = np.linalg.solve(A.T @ A + d**2 * np.eye(10), A.T @ c.numpy())
         assert error(x[i].numpy(), true) <= 1e-12
@@ -342,7 +342,7 @@ def test_overflow_is_told_per_member():
     bad[0, 0] = np.inf
     op = batch_op([good, bad])
     c = torch.randn(6, 1, dtype=torch.float64)
-    x, status, _ = prepare(op, None, Options()).solve(c, None)
+    x, status, *_ = prepare(op, None, Options()).solve(c, None)
     assert status[:, 0].tolist() == [Status.DIRECT, Status.NONFINITE]
     assert error(x[0].numpy(), np.linalg.lstsq(good, c.numpy())[0]) <= 1e-13
     assert x[1].isnan().all()
