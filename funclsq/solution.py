@@ -109,6 +109,7 @@ class Choice(enum.IntEnum):
     full = 6
     null_space = 7
     rank = 8
+    full_factor = 9
 
     @property
     def words(self) -> str:
@@ -130,6 +131,10 @@ _WHY = {
     Choice.factor: "an iterative method would cost more than a factorisation",
     Choice.full: "a factor would be dense and too large",
     Choice.null_space: "A has too many dependent columns for a sparse factorisation",
+    Choice.full_factor: (
+        "an iterative method would cost more than a factorisation, a dense one here: the sparse "
+        "factor would be nearly full"
+    ),
     Choice.rank: "a rank was given, which needs an orthogonal factorisation",
 }
 

@@ -15,7 +15,7 @@ import weakref
 import torch
 from torch import Tensor
 
-__all__ = ["clear", "copied", "is_large"]
+__all__ = ["clear", "copied", "empty", "is_large"]
 
 _LARGE = 1 << 22  # bytes from which it is worth it
 _PIECES = 4
@@ -35,11 +35,15 @@ def copied(t: Tensor) -> Tensor:
     t = t.detach()
     if not is_large(t) or t.is_conj() or t.is_neg():
         return t.clone()
-    size = math.prod(t.shape) * t.element_size()
-    memory = _take(size)
+    return empty(t.shape, t.dtype).copy_(t)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory that is not filled, kept for the next of its size when nobody uses it any more."""
+    memory = _take(math.prod(shape) * dtype.itemsize)
     owner = memory.numpy()[:]  # torch holds this view for as long as any tensor uses the memory
     weakref.finalize(owner, _give_back, memory).atexit = False
-    return torch.from_numpy(owner).view(t.dtype).view(t.shape).copy_(t)
+    return torch.from_numpy(owner).view(dtype).view(shape)
 
 
 def _take(size: int) -> Tensor:

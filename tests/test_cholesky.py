@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import numpy as np
@@ -11,7 +12,8 @@ import scipy.sparse
 import torch
 from problems import FAMILIES, Exact, by_qr, laplacian
 
-from funclsq.backends import available
+from funclsq.backends import available, dense, registry
+from funclsq.methods import _layout, _normal
 from funclsq.methods._dual import worthwhile
 from funclsq.methods._gram import estimate, gram_of
 from funclsq.methods._protocol import Options
@@ -318,6 +320,109 @@ def test_threads_share_a_factor(backend):
         t.join()
     for a, b in zip(alone, found, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def nearly_full(rng, kind=float, m=240, n=80, each=3):
+    """Rows of a few entries at random: A^H A is thin enough, and its factor more than half full."""
+    row, col = np.repeat(np.arange(m), each), rng.integers(0, n, each * m)
+    A = np.zeros((m, n), dtype=kind)
+    np.add.at(A, (row, col), rng.standard_normal(each * m))
+    if kind is complex:
+        A = A * np.exp(1j * rng.standard_normal((m, n)))
+    return A
+
+
+@pytest.fixture(params=["rslab", "superlu"])
+def first(request, monkeypatch):
+    """Let this backend be the first choice, and nothing be written out before it is asked."""
+    if request.param not in available():
+        pytest.skip(f"{request.param} is not installed")
+    monkeypatch.setattr(registry, "ORDER", (request.param, "superlu"))
+    monkeypatch.setattr(_normal, "DENSE_FILL", 1.0)
+    monkeypatch.setattr(dense, "NEARLY_FULL", 0.5)
+
+
+@pytest.mark.usefixtures("first")
+@pytest.mark.parametrize("case", ["tall", "wide", "damped", "complex", "deficient", "single"])
+def test_a_nearly_full_factor_is_dense_and_the_same(case):
+    rng = np.random.default_rng(0)
+    A = nearly_full(rng, complex if case == "complex" else float)
+    if case == "deficient":
+        A[:, 7] = A[:, 3] + A[:, 5]
+    A = A.T.copy() if case == "wide" else A.astype(np.float32) if case == "single" else A
+    damp = torch.rand(80, dtype=torch.float64) if case == "damped" else None
+    c, g = checked_blocks(A, rng)
+    op = sparse_op(A)
+    found = []
+    for scale in (1.0, 2.0, 4.0, 1.0):  # earlier factors are left alone by later ones
+        scaled = SparseOp(op.pattern, scale * op.csr_values)
+        found.append((prepare(scaled, damp, Options()), scaled))
+    for ours, scaled in found:
+        other = prepare(scaled, damp, Options(backend="superlu"))
+        assert ours.full
+        assert not other.full
+        assert ours.nbytes > 80 * 80 * 8
+        assert (int(ours.rank), ours.deficient) == (int(other.rank), other.deficient)
+        assert int(ours.rank) == (79 if case == "deficient" else 80)
+        for rhs in ((c, None), (None, g), (c, g)):
+            (x, status), (y, same) = solve(ours, *rhs), solve(other, *rhs)
+            assert error(x, y) <= (1e-6 if case == "single" else 1e-11)
+            assert torch.equal(status, same)
+    np.testing.assert_array_equal(solve(found[0][0], c)[0], solve(found[3][0], c)[0])
+
+
+@pytest.mark.usefixtures("first")
+@pytest.mark.parametrize("kind", [float, complex])
+def test_a_batch_of_nearly_full_factors(kind, monkeypatch):
+    rng = np.random.default_rng(0)
+    members = [nearly_full(np.random.default_rng(1), kind) for _ in range(3)]
+    members = [A * (1 + 0.3 * rng.standard_normal(A.shape)) for A in members]
+    members[1][:, 7] = members[1][:, 3]
+    op = batch_op(members)
+    c, g = (torch.stack([torch.from_numpy(v)] * 3) for v in checked_blocks(members[0], rng))
+    # SuperLU alone tells the fill after its first factor
+    for _ in range(2):
+        ours = prepare(op, None, Options())
+        assert ours.full
+    other = prepare(op, None, Options(backend="superlu"))
+    assert torch.equal(ours.rank, other.rank)
+    assert ours.rank.tolist() == [80, 79, 80]
+    for rhs in ((c, None), (None, g), (c, g)):
+        (x, status, _), (y, same, _) = ours.solve(*rhs), other.solve(*rhs)
+        assert error(x.numpy(), y.numpy()) <= 1e-11
+        assert torch.equal(status, same)
+    monkeypatch.setattr(_layout, "_MOST_DENSE", 2 * 80 * 80)  # too large in all: sparse
+    assert not prepare(op, None, Options()).full
+
+
+def test_a_thin_factor_and_a_backend_asked_for_stay_sparse():
+    assert not prepare(sparse_op(laplacian(16, 1)), None, Options()).full
+    A = nearly_full(np.random.default_rng(0), m=1000, n=400, each=5)
+    for name in available():
+        assert not prepare(sparse_op(A), None, Options(backend=name)).full
+
+
+def test_the_memory_of_dense_factors_is_used_again():
+    A = sparse_op(nearly_full(np.random.default_rng(0), m=1000, n=400, each=5))
+    first = prepare(A, None, Options())
+    assert first.full
+    x = solve(first, np.ones((1000, 1)))[0]
+    address = first._problem.core.normal._factor._inner._L.data_ptr()
+    other = prepare(A, None, Options())
+    assert other._problem.core.normal._factor._inner._L.data_ptr() != address
+    np.testing.assert_array_equal(solve(other, np.ones((1000, 1)))[0], x)
+    del first
+    gc.collect()
+    third = prepare(SparseOp(A.pattern, 2 * A.csr_values), None, Options())
+    assert third._problem.core.normal._factor._inner._L.data_ptr() == address
+    np.testing.assert_array_equal(solve(other, np.ones((1000, 1)))[0], x)
+
+
+def checked_blocks(A, rng):
+    """Right-hand sides c and g of two columns in the dtype of A."""
+    unit = 1 + 1j if np.iscomplexobj(A) else 1
+    c, g = (unit * rng.standard_normal((rows, 2)) for rows in A.shape)
+    return c.astype(A.dtype), g.astype(A.dtype)
 
 
 def test_refused_input():

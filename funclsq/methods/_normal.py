@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funclsq.backends import NotPositive, backend, dense
-from funclsq.backends.registry import Backend
+from funclsq import spare
+from funclsq.backends import NotPositive, dense
 from funclsq.methods._dense_rows import Border, dense_rows, sparse_part
 from funclsq.methods._gram import Gram, estimate, gram_of, square
+from funclsq.methods._layout import factored
 from funclsq.operators import DenseOp, Operator, SparseOp, StackedOp
 
-__all__ = ["DENSE_FILL", "DENSE_ORDER", "Normal", "analysis", "flipped", "widened"]
+__all__ = ["DENSE_FILL", "DENSE_ORDER", "Normal", "flipped", "widened"]
 
 DENSE_FILL = 0.15  # from this density of N on, and up to DENSE_ORDER, N is factored dense
 DENSE_ORDER = 8192
 SMALL_ORDER = 64  # N of a batch is factored dense up to this order whatever its density
 _SHIFTS = 8  # a shift is raised at most so often
-_MAX_SYMBOLIC = 4  # analyses kept per pattern
 
 
 class Normal:
@@ -91,7 +91,8 @@ class Normal:
                 self._values[..., self._gram.diagonal] += self._extra(damp).numpy()
                 return
             if self.batch is None:
-                N = torch.from_numpy(square(op.pattern, v).toarray())
+                N = spare.empty((self.n, self.n), op.dtype)
+                square(op.pattern, v).toarray(out=N.numpy())
             else:
                 N = torch.from_numpy(gram_of(op.pattern).dense(v))
         else:
@@ -118,13 +119,17 @@ class Normal:
         if shift:
             values = values.copy()
             values[..., self._gram.diagonal] += shift
-        chosen = backend(self._name, values.dtype.name)
-        symbolic = analysis(self._gram, chosen, self.batch)
         # by rows here and by columns there, and the columns of N are its rows conjugated
         data = values.conj() if np.iscomplexobj(values) else values
-        self._factor = symbolic.factor(data.reshape(-1))
+        self._factor = factored(self._gram, self._name, self.batch, data.reshape(-1))
         if self._rows is not None:
             self._border = Border(self._rows, self._solve_factored, shift > 0)
+
+    @property
+    def full(self) -> bool:
+        """Whether a sparse operator has a dense factor."""
+        op = self.B.op if isinstance(self.B, StackedOp) else self.B
+        return isinstance(op, SparseOp) and isinstance(self._factor, dense.FACTORS)
 
     def positive(self) -> bool:
         """Whether every pivot of the factor came out positive."""
@@ -165,36 +170,6 @@ class Normal:
         flat = q.reshape(-1, q.shape[-1]).numpy()
         x = self._factor.solve(flat)
         return torch.from_numpy(np.ascontiguousarray(x)).view(q.shape)
-
-
-def analysis(gram: Gram, chosen: Backend, batch: int | None) -> Any:
-    """Return the backend's analysis of N, or of ``batch`` of them; kept with the pattern."""
-    key = ("symbolic", chosen.NAME, batch)
-    with gram.pattern.lock:
-        cache = gram.pattern.cache
-        found = cache.pop(key, None)
-        if found is None:
-            found = chosen.analyze(*_repeated(gram, batch))
-            kept = [k for k in cache if isinstance(k, tuple) and k[0] == "symbolic"]
-            for old in kept[: max(0, len(kept) - _MAX_SYMBOLIC + 1)]:
-                del cache[old]
-        cache[key] = found
-    return found
-
-
-def _repeated(gram, batch: int | None):
-    """Structure of N, or of the block diagonal of ``batch`` times N, with int32 indices."""
-    indptr, indices = gram.indptr, gram.indices
-    if batch is not None:
-        block = np.arange(batch, dtype=np.int64)[:, None]
-        indices = (indices + block * gram.n).reshape(-1)
-        indptr = np.append((indptr[:-1] + block * gram.nnz).reshape(-1), batch * gram.nnz)
-    if indptr[-1] >= np.iinfo(np.int32).max:
-        raise MemoryError(
-            f"the normal matrix has {int(indptr[-1])} entries, more than sparse direct methods "
-            "here can index; use solver='lsmr'."
-        )
-    return indptr.astype(np.int32), indices.astype(np.int32)
 
 
 def _blanked(op: Operator, broken: Tensor) -> Operator:

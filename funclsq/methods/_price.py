@@ -7,10 +7,11 @@ bundle adjustment, regression, pose graphs, random patterns) on one thread of an
 
 from __future__ import annotations
 
-from funclsq.backends import backend
+from funclsq.backends import dense
 from funclsq.methods._dense_rows import sparse_part
 from funclsq.methods._gram import gram_of, predict
-from funclsq.methods._normal import DENSE_FILL, DENSE_ORDER, analysis
+from funclsq.methods._layout import analysis
+from funclsq.methods._normal import DENSE_FILL, DENSE_ORDER
 from funclsq.operators import SparseOp
 
 __all__ = ["Price"]
@@ -56,10 +57,12 @@ class Price:
     def settle(self) -> float:
         """Lay the factor out (once per pattern) where the backend tells its size."""
         if not self.exact:
-            chosen = backend(self._name, self._dtype)
-            symbolic = analysis(gram_of(sparse_part(self._pattern)), chosen, None)
+            gram = gram_of(sparse_part(self._pattern))
+            symbolic = analysis(gram, self._name, self._dtype, None)
             work = getattr(symbolic, "work", None)
-            if work is not None:
+            if isinstance(symbolic, dense.Symbolic):
+                self.value = self._in_steps(_DENSE_FLOP * symbolic.work[1])
+            elif work is not None:
                 entries, flops = work
                 self.value = self._in_steps(_FLOP * flops + _FACTOR_ENTRY * entries)
             self.exact = True

@@ -10,7 +10,8 @@ In order:
 4. few right-hand sides: a trial of lsmr, as long as it     lsmr, if it converges
    looks cheaper than a factor (see _Watch)
 5. A^H A (or A A^H) too full for a sparse factor and large  lsmr
-6. else                                                     cholesky
+6. else                                                     cholesky (its factor dense where
+                                                            a sparse one would be nearly full)
 7. cholesky finds a null space too large for it             qr while A can be written out, else lsmr
 """
 
@@ -110,7 +111,8 @@ class PreparedAuto:
         if density > DENSE_FILL and min(self._op.shape) > DENSE_ORDER:
             return _because(Choice.full, prepare_lsmr(*arguments))
         try:
-            return _because(Choice.factor, prepare_cholesky(*arguments))
+            prepared = prepare_cholesky(*arguments)
+            return _because(Choice.full_factor if prepared.full else Choice.factor, prepared)
         except NeedsDense:
             return instead_of_cholesky(*arguments)
 

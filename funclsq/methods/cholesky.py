@@ -47,11 +47,12 @@ def prepare(
     damp : Tensor or None, (n,) or (b, n), real, >= 0
         Diagonal damping.
     options : Options
-        ``backend`` names a sparse backend. ``rcond`` is the rank tolerance, default max(m, n) eps:
-        the rank counts the singular values of the column-scaled matrix (row-scaled if it is wide
-        and undamped) above ``rcond`` times the largest, after columns whose norm is below
-        ``rcond`` times the largest norm have been taken as zero. With ``scale=True`` they are
-        not, and the verdict does not depend on the scaling of the columns at all.
+        ``backend`` names a sparse backend; without one the factor is dense where a sparse one
+        would be nearly full (``full`` says so). ``rcond`` is the rank tolerance, default
+        max(m, n) eps: the rank counts the singular values of the column-scaled matrix (row-scaled
+        if it is wide and undamped) above ``rcond`` times the largest, after columns whose norm is
+        below ``rcond`` times the largest norm have been taken as zero. With ``scale=True`` they
+        are not, and the verdict does not depend on the scaling of the columns at all.
     full_rank : bool
         Whether the user asserts full column rank (it is checked all the same).
 
@@ -108,6 +109,7 @@ class CholeskyPrepared:
             stacked = StackedOp(op, damp)
             self._problem = _Tall(Core(stacked, rcond, options.backend, equivariant), n)
         core = self._problem.core
+        self.full = core.normal.full
         self.cond: Tensor = core.cond.to(torch.float64)
         self.rank: Tensor = core.rank.to(torch.int64)
         deficient = core.deficient
