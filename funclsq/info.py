@@ -125,8 +125,8 @@ def report(on_failure: str, info: Tensor, norms: Any) -> None:
     """Warn or raise if a solve did not converge; ``norms()`` gives norms that are still missing."""
     if on_failure == "ignore":
         return
-    codes = info.cpu().numpy()[..., 0].astype(int)
-    if _GOOD[codes].all():
+    rows = info.cpu().numpy()
+    if _GOOD[int(rows.item(0))] if rows.size == INFO else _GOOD[rows[..., 0].astype(int)].all():
         return
     if bool(info[..., 2].isnan().any()):
         found = norms()

@@ -82,14 +82,16 @@ def _sample(t: Tensor | None) -> Any:
         return None
     if t.device.type != "cpu" or not t.is_contiguous() or t.is_conj() or t.is_neg():
         return t.shape, t.dtype
-    flat = t.detach().numpy().reshape(-1)
+    flat = (t.detach() if t.requires_grad else t).numpy().reshape(-1)
     return t.shape, t.dtype, flat[:: max(1, flat.size // _SAMPLES)].tobytes()
 
 
 def lookup(key: Key, data: tuple[Tensor | None, ...], found_by: Any) -> Entry | None:
     """Entry with this key and equal data, if one is kept or pinned."""
     with _lock:
-        candidates = [*_index.get(found_by, ()), *(e for e in _pinned if e.key == key)]
+        candidates = list(_index.get(found_by, ()))
+        if len(_pinned):
+            candidates += [e for e in _pinned if e.key == key]
     for entry in candidates:
         if len(entry.data) == len(data) and all(map(_same, entry.data, data)):
             with _lock:

@@ -191,9 +191,13 @@ class SparseOp:
         """The matrix as a strided tensor, (m, n) or (B, m, n)."""
         lead = self.csr_values.shape[:-1]
         out = self.csr_values.new_zeros((*lead, self.shape[0] * self.shape[1]))
-        rows = self.pattern.tensor("csr_rows", self.device).long()
-        flat = rows * self.shape[1] + self.pattern.tensor("indices", self.device)
-        out.index_copy_(-1, flat, self.csr_values)
+        place = self.pattern.tensor("place", self.device)
+        if lead or self.device.type != "cpu":
+            out.index_copy_(-1, place, self.csr_values)
+        else:
+            out.numpy()[place.numpy()] = (
+                self.csr_values.detach().resolve_conj().resolve_neg().numpy()
+            )
         return out.view(*lead, *self.shape)
 
 

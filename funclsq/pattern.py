@@ -246,6 +246,11 @@ class SparsityPattern:
         return np.repeat(rows, np.diff(self.indptr))
 
     @property
+    def place(self) -> np.ndarray:
+        """Where each slot of the canonical CSR form lies in the matrix written out by rows."""
+        return self.csr_rows.astype(np.int64) * self.shape[1] + self.indices
+
+    @property
     def inverse_order(self) -> np.ndarray | None:
         """CSR slot of each entry as the user numbered it; None if entry e is slot e."""
         if self.order is None:

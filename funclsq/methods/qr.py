@@ -16,6 +16,11 @@ from the SVD of R cut at that rank.
 
 from __future__ import annotations
 
+import functools
+import math
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,16 +42,20 @@ from funclsq.solution import Method
 
 __all__ = ["PreparedQR", "prepare"]
 
+SMALL = 64  # columns of R up to which NumPy looks at it
+
 
 class PreparedQR:
     """Q (..., p, q) and R (..., q, q) of B (tall) or of B^H (wide), of full rank."""
 
     method = int(Method.qr)
 
-    def __init__(self, Q: Tensor, R: Tensor, wide: bool, rows: int, cond: Tensor) -> None:
+    def __init__(self, Q: Tensor, R: Tensor, wide: bool, rows: int, cond: Any) -> None:
         self.Q, self.R, self.wide, self.rows = Q, R, wide, rows
         q = R.shape[-1]
-        self.rank = torch.full(R.shape[:-2], q, dtype=torch.int64, device=R.device)
+        self.rank: Any = q
+        if isinstance(cond, Tensor):
+            self.rank = torch.full(R.shape[:-2], q, dtype=torch.int64, device=R.device)
         self.deficient = wide
         self.cond = cond
         self.nbytes = sum(t.numel() * t.element_size() for t in (Q, R))
@@ -73,6 +82,8 @@ class PreparedQR:
         return direct_raw(self._up(self._lead(total)))
 
     def _lead(self, v: Tensor) -> Tensor:
+        if v.ndim == 2 == self.R.ndim:
+            return v
         lead = broadcast_shapes(v.shape[:-2], self.R.shape[:-2])
         return v.expand(*lead, *v.shape[-2:])
 
@@ -89,7 +100,13 @@ def prepare(
     wide = m < n
     rcond = default_rcond(m, n, B.dtype) if options.rcond is None else options.rcond
     Q, R = torch.linalg.qr(B.mH if wide else B)
-    if not bool(torch.isfinite(R).all()):  # LAPACK fails on numbers at the end of the range
+    plain = None
+    if R.ndim == 2 and R.device.type == "cpu" and q <= SMALL:
+        plain = _plain_cond(R, 0.0 if options.scale is True else rcond)
+        if plain is not None and plain * rcond < 1 and _all_asked(options, q):
+            return PreparedQR(Q, R, wide, m, plain)
+    if plain is None and not bool(torch.isfinite(R).all()):
+        # LAPACK fails on numbers at the end of the range
         Q, R = torch.linalg.qr(_without_negligible(B.mH if wide else B, rcond))
     norms = torch.linalg.vector_norm(R, dim=-2, keepdim=True)
     floor = 0 if options.scale is True else rcond * norms.amax(-1, keepdim=True)
@@ -97,17 +114,45 @@ def prepare(
     eye = torch.eye(q, dtype=R.dtype, device=R.device).expand_as(R)
     inverse = torch.linalg.solve_triangular(scaled, eye, upper=True)
     cond = torch.linalg.matrix_norm(scaled) * torch.linalg.matrix_norm(inverse)
-    asked = options.rank if isinstance(options.rank, int) else q
-    if asked >= q and bool((cond * rcond < 1).all()):
+    if _all_asked(options, q) and bool((cond * rcond < 1).all()):
         return PreparedQR(Q, R, wide, m, cond)
     rank = count_rank(_svdvals(scaled), m, n, B.dtype, options)
-    if asked >= q and bool((rank == q).all()):
+    if _all_asked(options, q) and bool((rank == q).all()):
         return PreparedQR(Q, R, wide, m, cond)
     tell_false_claim(rank, q, options)
     U, s, Vh = thin_svd(R)
     if wide:  # B = R^H Q^H = V S (Q U)^H
         return PreparedSVD(Vh.mH, s, Q @ U, rank, int(Method.qr))
     return PreparedSVD(Q @ U, s, Vh.mH, rank, int(Method.qr))
+
+
+def _all_asked(options: Options, q: int) -> bool:
+    """Whether no rank below the full one was asked for."""
+    return not isinstance(options.rank, int) or options.rank >= q
+
+
+def _plain_cond(R: Tensor, floor: float) -> float | None:
+    """||R||_F ||R^-1||_F of one small R, columns scaled; None if a column is negligible or odd.
+
+    By NumPy and Python, whose calls on few numbers cost a fraction of torch's.
+    """
+    r = R.numpy()
+    squares = np.einsum("ij,ij->j", r, r.conj() if np.iscomplexobj(r) else r).real
+    sizes = squares.tolist()
+    low, high = min(sizes), max(sizes)
+    far = 1e30 if r.dtype in (np.float32, np.complex64) else 1e280
+    if not (math.isfinite(sum(sizes)) and high < far and low > max(1 / far, floor**2 * high)):
+        return None
+    scaled = torch.from_numpy(r / np.sqrt(squares))
+    inverse = torch.linalg.solve_triangular(scaled, _eye(R.shape[-1], R.dtype), upper=True)
+    cond = math.sqrt(len(sizes)) * torch.linalg.vector_norm(inverse).item()
+    return cond if math.isfinite(cond) else None
+
+
+@functools.lru_cache(maxsize=64)
+def _eye(q: int, dtype: torch.dtype) -> Tensor:
+    """The identity, not to be written to."""
+    return torch.eye(q, dtype=dtype)
 
 
 def _without_negligible(B: Tensor, rcond: float) -> Tensor:

@@ -49,8 +49,18 @@ def pad_rows(c: Tensor, m: int) -> Tensor:
 def direct_raw(x: Tensor) -> Raw:
     """A solve by factorisation, as a Raw."""
     lead = (*x.shape[:-2], x.shape[-1])
-    status = torch.full(lead, int(Status.DIRECT), dtype=torch.int64, device=x.device)
-    return Raw(x, status, torch.zeros(lead, dtype=torch.int64, device=x.device))
+    if lead == (1,) and x.device.type == "cpu":
+        return Raw(x, *_ONE)
+    return Raw(x, *_direct(lead, x.device))
+
+
+def _direct(lead: tuple[int, ...], device: Any = None) -> tuple[Tensor, Tensor]:
+    """Status and iterations; whoever reads a Raw leaves them as they are."""
+    status = torch.full(lead, int(Status.DIRECT), dtype=torch.int64, device=device)
+    return status, torch.zeros(lead, dtype=torch.int64, device=device)
+
+
+_ONE = _direct((1,))  # of one column on the CPU
 
 
 class PreparedSVD:
