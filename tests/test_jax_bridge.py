@@ -17,7 +17,7 @@ from jax_common import assert_close, draw, problem
 
 import funclsq as fl
 import funclsq.jax as flj
-from funclsq.jax import bridge, host
+from funclsq.jax import bridge, host, host_primitive
 
 
 def run_script(code, timeout=120, **env):
@@ -216,6 +216,38 @@ def test_the_fallback_is_announced_and_right(x64, monkeypatch):
     with pytest.warns(fl.errors.FunclsqWarning, match="pure_callback"):
         got = jax.grad(lambda A: flj.lstsq(A, b).sum())(A)
     assert_close(got, want)
+
+
+def test_the_public_way_gives_the_same_bits(x64, monkeypatch):
+    """Host calls name their operation themselves only for versions of JAX that were tested."""
+    A, b = problem(9, 4, seed=6)
+    bs = jnp.stack([b, 2 * b, -b])
+
+    def everything():
+        f = lambda A, b: flj.lstsq(A, b)  # noqa: E731
+        loss = lambda A: (f(A, b) ** 2).sum()  # noqa: E731
+        sol = jax.jit(lambda A, b: flj.solve(A, b))(A, b)
+        return (
+            jax.jit(f)(A, b),
+            jax.jit(jax.value_and_grad(loss))(A),
+            jax.jit(jax.hessian(loss))(A),
+            jax.jit(jax.vmap(f, (None, 0)))(A, bs),
+            jax.lax.scan(lambda x, b: (x, f(A, b)), 0.0, bs),
+            (sol.x, sol.status, sol.residual_norm),
+        )
+
+    calls = []
+    bare = bridge.bare_call
+    monkeypatch.setattr(bridge, "bare_call", lambda *a: calls.append(1) or bare(*a))
+    here = everything()
+    assert bool(calls) == (jax.__version_info__[:2] in host_primitive.TESTED)
+    calls.clear()
+    monkeypatch.setattr(host_primitive, "TESTED", ())
+    jax.clear_caches()
+    public = everything()
+    assert not calls
+    jax.tree.map(np.testing.assert_array_equal, here, public)
+    jax.clear_caches()
 
 
 def test_importing_changes_no_configuration_and_torch_alone_needs_no_jax():

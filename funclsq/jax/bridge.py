@@ -1,9 +1,10 @@
 """How torch code runs inside a JAX program: one host call per solve, on JAX's own buffers.
 
-On the CPU the call goes through ``jax.experimental.buffer_callback``. The host function gets
-the memory of JAX's arrays as torch tensors (DLPack, no copy) and writes its results into the
-memory that XLA has set aside for them. Where that mechanism is missing, or the platform is not
-a CPU, ``jax.pure_callback`` is used, which copies; that is announced once by a warning.
+On the CPU the call goes through ``jax.experimental.buffer_callback``, or straight to the operation
+that it names (``host_primitive``). The host function gets the memory of JAX's arrays as torch
+tensors (DLPack, no copy) and writes its results into the memory that XLA has set aside for them.
+Where that mechanism is missing, or the platform is not a CPU, ``jax.pure_callback`` is used, which
+copies; that is announced once by a warning.
 
 Rules that every host function keeps:
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from funclsq.errors import FunclsqWarning
+from funclsq.jax.host_primitive import bare_call, usable
 from funclsq.jax.settle import begin, end, lowered
 
 try:
@@ -73,7 +75,10 @@ def host_call(
     results = tuple(results)
     small = sum(math.prod(t.shape) * t.dtype.itemsize for t in (*operands, *results)) < SMALL
     if how == "buffer_callback":
-        call = buffer_callback(functools.partial(_on_buffers, host, small), results)
+        function = functools.partial(_on_buffers, host, small, len(operands))
+        if usable():
+            return bare_call(function, results, operands)
+        call = buffer_callback(functools.partial(_unpacked, function), results)
         return tuple(call(*operands))
     _announce()
     return tuple(
@@ -81,10 +86,15 @@ def host_call(
     )
 
 
-def _on_buffers(host: Host, small: bool, _: Any, outputs: Sequence[Any], *inputs: Any) -> None:
-    views = [from_dlpack(b.__dlpack__()) for b in inputs]
-    targets = [from_dlpack(b.__dlpack__()) for b in outputs]
-    _run(host, small, targets, views)
+def _on_buffers(host: Host, small: bool, count: int, _: Any, *buffers: Any) -> tuple[()]:
+    """Call the host function on views of ``count`` inputs and of the outputs after them."""
+    views = [from_dlpack(b.__dlpack__()) for b in buffers]
+    _run(host, small, views[count:], views[:count])
+    return ()
+
+
+def _unpacked(function: Any, context: Any, outputs: Sequence[Any], *inputs: Any) -> None:
+    function(context, *inputs, *outputs)
 
 
 def _on_copies(host: Host, small: bool, results: Any, *inputs: Any) -> tuple[np.ndarray, ...]:
