@@ -18,6 +18,7 @@ from torch import Tensor
 __all__ = ["clear", "copied", "empty", "is_large"]
 
 _LARGE = 1 << 22  # bytes from which it is worth it
+_SMALL = 1 << 16  # bytes below which the allocator does as well
 _PIECES = 4
 _BYTES = 1 << 28
 
@@ -40,7 +41,10 @@ def copied(t: Tensor) -> Tensor:
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Memory that is not filled, kept for the next of its size when nobody uses it any more."""
-    memory = _take(math.prod(shape) * dtype.itemsize)
+    size = math.prod(shape) * dtype.itemsize
+    if size < _SMALL:
+        return torch.empty(shape, dtype=dtype)
+    memory = _take(size)
     owner = memory.numpy()[:]  # torch holds this view for as long as any tensor uses the memory
     weakref.finalize(owner, _give_back, memory).atexit = False
     return torch.from_numpy(owner).view(dtype).view(shape)
