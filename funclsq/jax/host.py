@@ -39,6 +39,8 @@ class HostSolve:
         self._slots = [next(rank) if present else None for present in has]
         self._needs = ("x" in problem.results, "s" in problem.results)
         self._plan: Plan | None = None
+        self._wide = problem.compute_dtype == "float64"
+        self._plain = problem.results == ("x",) and not has[-1]  # x alone, and no gate
 
     def _plan_for(self, structure: Any) -> Plan:
         if self._plan is None or self._plan.structure is not structure:
@@ -56,7 +58,7 @@ class HostSolve:
             return
         params, aux = tuple(inputs[: self._params]), inputs[self._params : self._aux]
         structure, params = problem.structure.host(params, aux)
-        if problem.compute_dtype == "float64":
+        if self._wide:
             params = tuple(map(_widen, params))
             w, d2, c, g = map(_widen, (w, d2, c, g))
         plan, (need_x, need_s), bad = self._plan_for(structure), self._needs, None
@@ -66,7 +68,7 @@ class HostSolve:
         except NotFiniteError:
             params, w, d2, c, g, bad = _repair(structure, params, w, d2, c, g)
             found = raw_solve(plan, params, w, d2, c, g, gate, primary, need_x, False, need_s)
-        if bad is None and gate is None and problem.results == ("x",):
+        if bad is None and self._plain:
             outputs[0].copy_(found[0])
             return
         out = dict(zip(problem.results, outputs))
