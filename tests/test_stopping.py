@@ -175,6 +175,7 @@ import numpy as np, torch
 import funclsq as fl
 
 what = sys.argv[1]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
 rng = np.random.default_rng(0)
 U, V = (np.linalg.qr(rng.standard_normal((200, 200)))[0] for _ in range(2))
 A, b = (U * np.geomspace(1, 1e-9, 200)) @ V.T, rng.standard_normal(200)
