@@ -13,7 +13,9 @@ import torch
 
 import funclsq as fl
 from funclsq import raw
+from funclsq.methods._protocol import Options
 from funclsq.raw import solver_calls
+from funclsq.settings import settings
 
 F32, F64, C128 = torch.float32, torch.float64, torch.complex128
 A = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=F64)
@@ -481,6 +483,30 @@ def test_jax_arrays_are_sent_to_the_jax_interface():
 
     with pytest.raises(TypeError, match=r"values of A must be a torch tensor.*funclsq\.jax"):
         fl.lstsq(fl.Sparse(S, Array()), B)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 1e-3, 2, None])
+@pytest.mark.parametrize("name", ["atol", "btol", "rcond", "conlim", "maxiter", "rank"])
+def test_numbers_that_are_not_negative_are_taken(name, value):
+    if name in ("maxiter", "rank") and isinstance(value, float):
+        value = int(value)
+    if not (name == "rank" and value is None):
+        assert settings("lstsq", "lsmr", **{name: value}).options() == Options(
+            "lsmr", **{name: value}
+        )
+
+
+def test_the_keywords_of_a_partial_solver_come_first_and_the_outer_ones_win():
+    inner = functools.partial(fl.solvers.lsmr, atol=1e-3, btol=1e-4)
+    outer = functools.partial(inner, atol=1e-5)
+    found = settings("lstsq", outer, maxiter=7, btol=1.0).options()
+    assert found == Options("lsmr", atol=1e-5, btol=1e-4, maxiter=7)
+
+    def own(A, b, power=1):
+        return fl.lstsq(A, b) ** power
+
+    found = settings("lstsq", functools.partial(own, power=3)).solver
+    assert (found.func, found.keywords) == (own, {"power": 3})
 
 
 def test_importing_is_light():

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import funclsq as fl
+from funclsq.lost_digits import _size
+from funclsq.operators import DenseOp
 
 F64 = torch.float64
 SOLVERS = ["qr", "svd", "cholesky", "lsmr", "lsqr", "cgls"]
@@ -25,6 +27,16 @@ def _data(m, n, dtype=F64, rank=None):
         A = U[:, :rank] * s[:rank] @ Vh[:rank]
     b, x_bar = (torch.randn(size, generator=g, dtype=F64) for size in (m, n))
     return A.to(dtype), b.to(dtype), x_bar.to(dtype)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_the_size_of_the_longest_column(batch, n):
+    A = torch.randn(*batch, 5, n, dtype=torch.float32)
+    root = torch.linspace(0.1, 2.0, 5).sqrt()[:, None]
+    for weights, scaled in ((None, A), (root, root * A)):
+        want = scaled.double().norm(dim=-2).amax(-1, keepdim=True)
+        torch.testing.assert_close(_size(DenseOp(A), weights), want, rtol=1e-6, atol=0)
 
 
 def _by_rows(A, b, damp, weights=None):

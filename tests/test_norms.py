@@ -11,7 +11,10 @@ from funclsq.norms import column_norms, column_sizes
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values())
-@pytest.mark.parametrize("shape", [(0, 3), (5, 0), (5, 1), (300, 7), (1000, 8), (3, 513, 40)])
+@pytest.mark.parametrize(
+    "shape",
+    [(0, 3), (0, 9), (5, 0), (2, 0, 16), (0, 5, 9), (5, 1), (300, 7), (1000, 8), (3, 513, 40)],
+)
 def test_norms_of_columns(dtype, shape):
     v = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
     exact = np.sqrt((np.abs(v.numpy().astype(np.clongdouble)) ** 2).sum(-2)).astype(float)

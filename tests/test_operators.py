@@ -100,5 +100,15 @@ def test_a_sparse_matrix_times_what_python_writes(kind):
     torch.testing.assert_close(A @ v, dense @ v)
 
 
+@pytest.mark.parametrize(("lead", "of_v"), [((2, 3), ()), ((2, 1), (3,)), ((3,), (2, 1))])
+def test_batches_of_matrices_and_of_blocks_broadcast(lead, of_v):
+    pattern = _sparse(()).pattern
+    values, v = _draw(*lead, pattern.nnz), _draw(*of_v, N, K, seed=5)
+    dense = torch.zeros((*lead, M, N), dtype=values.dtype)
+    for entry, (i, j) in enumerate(zip(pattern.row, pattern.col)):
+        dense[..., i, j] += values[..., entry]
+    torch.testing.assert_close(fl.Sparse(pattern, values) @ v, dense @ v)
+
+
 def _entries(pattern, dense):
     return dense[torch.tensor(pattern.row), torch.tensor(pattern.col)]

@@ -9,8 +9,9 @@ import torch
 from cases import SOLVERS, operands, problem
 
 import funclsq as fl
+from funclsq.info import residual_norms
 from funclsq.methods._protocol import Options
-from funclsq.operators import DenseStructure
+from funclsq.operators import DenseOp, DenseStructure
 from funclsq.raw import Plan, raw_solve
 from funclsq.solution import describe
 
@@ -229,6 +230,39 @@ def test_norms_rank_and_condition_are_those_of_the_problem(name, solver):
     assert solution.iterations.min() >= 0
     assert solution.status.dtype == solution.rank.dtype == torch.int64
     assert solution.status.shape == (2,)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("solver", ["qr", "svd", "cholesky"])
+def test_each_member_of_a_batch_has_its_own_rank_and_condition(solver, k):
+    A = torch.randn(3, 6, 3, dtype=F64)
+    A[1, :, 2] = A[1, :, 0] + A[1, :, 1]
+    A[2, :, 1:] = A[2, :, :1]
+    solution = fl.solve(A, torch.randn(3, 6, k, dtype=F64), solver=solver)
+    assert solution.rank.tolist() == [[3] * k, [2] * k, [1] * k]
+    if solver == "svd":
+        s = torch.linalg.svdvals(A)
+        cond = torch.stack((s[0, 0] / s[0, 2], s[1, 0] / s[1, 1], s[2, 0] / s[2, 0]))
+        torch.testing.assert_close(solution.cond, cond[:, None].expand(3, k), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("size", [-1, 0, 1])
+def test_norms_of_residuals_whose_squares_leave_the_range(size, dtype):
+    size = 10.0 ** (size * (25 if dtype == torch.float32 else 200))
+    A, x = torch.randn(6, 3, dtype=dtype), torch.randn(3, 2, dtype=dtype)
+    c, g = torch.randn(6, 2, dtype=dtype), torch.randn(3, 2, dtype=dtype)
+    w, d2 = torch.rand(6, dtype=dtype), torch.rand(3, dtype=dtype)
+    for w_, d2_, c_, g_ in ((None, None, c, None), (w, None, c, g), (w, d2, None, g)):
+        r = (0 if c_ is None else c_) - A @ x
+        weights = torch.ones(6, dtype=dtype) if w_ is None else w_
+        s = A.T @ (weights[:, None] * r) + (0 if g_ is None else g_)
+        s = s - (0 if d2_ is None else d2_[:, None] * x)
+        want = [(weights.sqrt()[:, None] * r).norm(dim=0), s.norm(dim=0)]
+        given = [None if t is None else size * t for t in (c_, g_)]
+        got = residual_norms(DenseOp(A), w_, d2_, *given, size * x, None)
+        for one, other in zip(got, want):
+            torch.testing.assert_close(one / size, other, rtol=1e-5, atol=0)
 
 
 def test_a_solution_is_a_pytree():

@@ -1,0 +1,184 @@
+"""Direct methods and their parts, against the pseudo-inverse and the dense normal matrix."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import funclsq as fl
+from funclsq.methods import _refine, cholesky, qr, svd
+from funclsq.methods._normal import Normal
+from funclsq.methods._protocol import Options
+from funclsq.operators import DenseOp, SparseOp, StackedOp
+from funclsq.solution import Status
+
+SHAPES = {
+    "tall": (9, 5, 5),
+    "square": (6, 6, 6),
+    "wide": (5, 9, 5),
+    "tall-deficient": (9, 5, 3),
+    "wide-deficient": (5, 9, 3),
+}
+DTYPES = {"real": np.float64, "complex": np.complex128}
+
+
+def _draw(seed, *shape, dtype=np.complex128):
+    rng = np.random.default_rng(seed)
+    real = rng.standard_normal(shape)
+    return real + 1j * rng.standard_normal(shape) if dtype == np.complex128 else real
+
+
+def _operator(A, layout):
+    A = torch.from_numpy(A)
+    if layout == "dense":
+        return DenseOp(A)
+    m, n = A.shape[-2:]
+    pattern = fl.SparsityPattern(*np.divmod(np.arange(m * n), n), (m, n))
+    return SparseOp(pattern, A.flatten(-2))
+
+
+def _adjoint(A):
+    return np.swapaxes(A.conj(), -1, -2)
+
+
+@pytest.mark.parametrize("damp", [False, True], ids=["", "damped"])
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["one", "batch"])
+@pytest.mark.parametrize("layout", ["dense", "sparse"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("method", [qr, svd, cholesky], ids=["qr", "svd", "cholesky"])
+def test_a_solve_is_that_of_the_pseudo_inverse(method, kind, dtype, layout, batch, damp):
+    m, n, rank = SHAPES[kind]
+    A = _draw(0, *batch, m, rank, dtype=dtype) @ _draw(1, *batch, rank, n, dtype=dtype)
+    c, g = _draw(2, *batch, m, 2, dtype=dtype), _draw(3, *batch, n, 2, dtype=dtype)
+    D = np.linspace(0.1, 1.0, n) if damp else np.zeros(n)
+    prepared = method.prepare(
+        _operator(A, layout), torch.from_numpy(D) if damp else None, Options(), False
+    )
+    B = np.concatenate((A, np.broadcast_to(np.diag(D), (*batch, n, n))), -2)
+    inverse = np.linalg.pinv(B, rcond=1e-10)
+    inverse = inverse @ _adjoint(inverse)
+    for with_c, with_g in ((1, 0), (0, 1), (1, 1)):
+        given = (torch.from_numpy(t) if w else None for w, t in ((with_c, c), (with_g, g)))
+        raw = prepared.solve(*given)
+        want = inverse @ (with_c * _adjoint(A) @ c + with_g * g)
+        np.testing.assert_allclose(raw.x.numpy(), want, rtol=1e-8, atol=1e-9)
+        assert bool((raw.status == int(Status.DIRECT)).all())
+    assert bool((torch.as_tensor(prepared.rank) == (n if damp else rank)).all())
+    assert bool(torch.as_tensor(prepared.deficient).all()) is not (damp or rank == n)
+    if method is svd:
+        s = np.linalg.svd(B, compute_uv=False)
+        want = s[..., 0] / s[..., (n if damp else rank) - 1]
+        np.testing.assert_allclose(prepared.cond.numpy(), want, rtol=1e-9)
+
+
+def _banded(n, batch, dtype):
+    """A matrix whose normal matrix is sparse."""
+    row, col = np.nonzero(sum(np.eye(n, k=k) for k in (0, -1, -5)))
+    values = _draw(4, *batch, row.size, dtype=dtype)
+    values[..., row == col] += 5
+    A = np.zeros((*batch, n, n), dtype)
+    A[..., row, col] = values
+    return SparseOp(fl.SparsityPattern(row, col, (n, n)), torch.from_numpy(values)), A
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+@pytest.mark.parametrize("damp", [False, True], ids=["", "damped"])
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["one", "batch"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("kind", ["dense", "sparse", "banded"])
+def test_the_factored_normal_matrix(kind, dtype, batch, damp, shift):
+    if kind == "banded":
+        op, A = _banded(80, batch, dtype)
+    else:
+        A = _draw(0, *batch, 9, 5, dtype=dtype)
+        A[..., 2] = 0
+        A[..., 3] *= 1e-7
+        op = _operator(A, kind)
+    n = A.shape[-1]
+    if damp:
+        D = np.arange(1.0, n + 1) / n
+        op = StackedOp(op, torch.from_numpy(D).expand(*batch, n))
+        A = np.concatenate((A, np.broadcast_to(np.diag(D), (*batch, n, n))), -2)
+    normal = Normal(op)
+    norms = np.linalg.norm(A, axis=-2)
+    scale = normal.scale.numpy()
+    assert (np.frexp(scale)[0] == 0.5).all()  # powers of two
+    assert ((norms == 0) | ((norms * scale >= 0.5) & (norms * scale < 1))).all()
+    np.testing.assert_array_equal(normal.zero.numpy(), norms == 0)
+    assert not bool(normal.broken.any())
+    B = A * scale[..., None, :]
+    N = _adjoint(B) @ B + (norms == 0)[..., None] * np.eye(n) + shift * np.eye(n)
+    normal.factor(shift)
+    assert normal.positive()
+    q = _draw(5, *batch, n, 3, dtype=dtype)
+    np.testing.assert_allclose(normal.solve(torch.from_numpy(q)).numpy(), np.linalg.solve(N, q))
+    v = torch.from_numpy(q)
+    image = normal.filled.mv(v)[..., : A.shape[-2], :].numpy()
+    np.testing.assert_allclose(image, B @ q, atol=1e-14)
+    lengths = np.linalg.norm(normal.filled.mv(v).numpy(), axis=-2)
+    whole = np.concatenate((B, (norms == 0)[..., None] * np.eye(n)), -2)
+    np.testing.assert_allclose(lengths, np.linalg.norm(whole @ q, axis=-2))
+
+
+def test_a_member_that_is_not_finite_is_taken_as_zero():
+    A = _draw(0, 2, 6, 4)
+    A[1, 2, 1] = np.nan
+    D = torch.ones(2, 4, dtype=torch.float64)
+    for op in (_operator(A, "dense"), _operator(A, "sparse")):
+        for normal in (Normal(op), Normal(StackedOp(op, D))):
+            assert normal.broken.tolist() == [False, True]
+            assert normal.zero.tolist() == [[False] * 4, [True] * 4]
+            assert not bool(normal.B.dense()[1].any())
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_conjugate_gradients_end_after_as_many_steps_as_there_are_unknowns(dtype, monkeypatch):
+    m, n = 12, 6
+    A, q = _draw(0, m, n, dtype=dtype), _draw(1, n, 3, dtype=dtype)
+    q[:, 1] = 0
+    near = _adjoint(A) @ A + np.diag(np.arange(n))
+    op, inverse = DenseOp(torch.from_numpy(A)), torch.from_numpy(np.linalg.inv(near))
+    want = np.linalg.solve(_adjoint(A) @ A, q)
+
+    def error():
+        x = _refine._conjugate_gradients(op, lambda q: inverse @ q, torch.from_numpy(q)).numpy()
+        return np.linalg.norm(A @ (x - want), axis=0) / np.linalg.norm(A @ want, axis=0).clip(1e-9)
+
+    assert error().max() < 10 * _refine._DROP
+    monkeypatch.setattr(_refine, "_DROP", 1e-12)
+    monkeypatch.setattr(_refine, "_INNER", n)
+    assert error().max() < 1e-9
+
+
+@pytest.mark.parametrize("scale", ["auto", True])
+def test_the_rank_is_that_of_columns_of_one_length(scale):
+    """Columns 2 and 3 are equal to 1e-7, and shorter than the others by a factor of 1e9."""
+    U = np.linalg.qr(_draw(0, 9, 4, dtype=np.float64))[0]
+    A = np.stack((U[:, 0], U[:, 1], U[:, 1] + 1e-7 * U[:, 2]), 1)
+    units = np.array([1.0, 1e-9, 1e-9]) if scale == "auto" else np.array([1.0, 1e-30, 1e-30])
+    b = U @ np.array([1.0, 2.0, 3.0, 4.0])
+    prepared = qr.prepare(DenseOp(torch.from_numpy(A * units)), None, Options(scale=scale), False)
+    assert int(prepared.rank) == 3
+    x = prepared.solve(torch.from_numpy(b[:, None]), None).x.numpy()[:, 0] * units
+    np.testing.assert_allclose(x, [1.0, 2.0 - 3e7, 3e7], rtol=1e-7)
+
+
+def test_columns_too_short_to_count():
+    """Beside one of length 1, a column of 1e-20 is none, but for scale=True."""
+    A = _draw(0, 7, 3, dtype=np.float64)
+    A[:, 1] *= 1e-20
+    b = _draw(1, 7, 1, dtype=np.float64)
+    for scale, kept in (("auto", [0, 2]), (True, [0, 1, 2])):
+        for method in (qr, cholesky):
+            prepared = method.prepare(
+                DenseOp(torch.from_numpy(A)), None, Options(scale=scale), False
+            )
+            assert int(prepared.rank) == len(kept)
+            x = prepared.solve(torch.from_numpy(b), None).x.numpy()
+            units = np.linalg.norm(A, axis=0)[kept]
+            want = np.linalg.lstsq(A[:, kept] / units, b, rcond=None)[0][:, 0]
+            np.testing.assert_allclose(x[kept, 0] * units, want, rtol=1e-12)
+            if len(kept) == 2:
+                assert abs(x[1, 0]) < 1e-15

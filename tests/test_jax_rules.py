@@ -1,0 +1,300 @@
+"""The rules of the JAX primitives, one by one and not compiled: against NumPy and differences."""
+
+from __future__ import annotations
+
+import pytest
+
+jax = pytest.importorskip("jax")
+
+import numpy as np
+
+import funclsq as fl
+import funclsq.jax as flj
+from funclsq.jax.primitive import Operands, Problem, S
+from funclsq.jax.products import mv, rmv, sddmm
+from funclsq.jax.structures import Static
+from funclsq.methods._protocol import Options
+from funclsq.raw import INFO
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _x64():
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+def _draw(seed, *shape, dtype=complex):
+    rng = np.random.default_rng(seed)
+    real = rng.standard_normal(shape)
+    return real + 1j * rng.standard_normal(shape) if dtype is complex else real
+
+
+def _close(got, want, **tolerance):
+    np.testing.assert_allclose(np.asarray(got), np.asarray(want), **{"rtol": 1e-10, **tolerance})
+
+
+def _inner(a, b):
+    """The pairing of tangents and cotangents in JAX."""
+    return (np.asarray(a) * np.asarray(b)).sum().real
+
+
+# ---------------------------------------------------------------------------------------------
+# Products.
+
+PATTERN = fl.SparsityPattern([2, 0, 1, 2, 2, 4], [1, 2, 0, 1, 2, 2], (5, 3))  # (2, 1) twice
+
+
+def _dense(values):
+    A = np.zeros((*values.shape[:-1], 5, 3), values.dtype)
+    for e, (i, j) in enumerate(zip(PATTERN.row, PATTERN.col)):
+        A[..., i, j] += values[..., e]
+    return A
+
+
+def _mv(a, v):
+    return _dense(a) @ v
+
+
+def _rmv(a, u):
+    return np.swapaxes(_dense(a).conj(), -1, -2) @ u
+
+
+def _sddmm(u, v):
+    return (u[..., PATTERN.row, :] * v[..., PATTERN.col, :]).sum(-1)
+
+
+PRODUCTS = {
+    "mv": (mv, _mv, (6,), (3, 2)),
+    "rmv": (rmv, _rmv, (6,), (5, 2)),
+    "sddmm": (sddmm, _sddmm, (5, 2), (3, 2)),
+}
+
+
+@pytest.mark.parametrize("dtype", [float, complex])
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_products_and_their_derivatives(kind, dtype):
+    f, dense, *shapes = PRODUCTS[kind]
+    args, steps, others = (
+        tuple(_draw(2 * seed + i, *s, dtype=dtype) for i, s in enumerate(shapes))
+        for seed in range(3)
+    )
+    k = _draw(9, *dense(*args).shape, dtype=dtype)
+
+    def g(*args):
+        return f(PATTERN, *args)
+
+    _close(g(*args), dense(*args))
+    # linear in each operand, or in its conjugate
+    parts = [dense(steps[0], args[1]), dense(args[0], steps[1])]
+    _close(jax.jvp(g, args, steps)[1], sum(parts))
+    bars = jax.vjp(g, *args)[1](k)
+    for slot in range(2):
+
+        def alone(t, slot=slot):
+            return g(*(t if i == slot else other for i, other in enumerate(args)))
+
+        _close(jax.jvp(alone, args[slot : slot + 1], steps[slot : slot + 1])[1], parts[slot])
+        _close(_inner(bars[slot], steps[slot]), _inner(k, parts[slot]))
+        _close(jax.vjp(alone, args[slot])[1](k)[0], bars[slot])
+    # both derivatives again: the rules are closed
+    twice = jax.jvp(lambda *a: jax.jvp(g, a, steps)[1], args, steps)[1]
+    _close(twice, 2 * dense(*steps))
+    second = jax.vjp(lambda k, *a: jax.vjp(g, *a)[1](k), k, *args)[1](steps)
+    _close(second[0], sum(parts))
+    _close(_inner(second[1], others[0]), _inner(k, dense(others[0], steps[1])))
+    _close(_inner(second[2], others[1]), _inner(k, dense(steps[0], others[1])))
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (1, 2), (None, 1)], ids=str)
+def test_batches_of_products(kind, axes):
+    f, dense, *shapes = PRODUCTS[kind]
+    args, members = [], []
+    for seed, (shape, axis) in enumerate(zip(shapes, axes)):
+        t = _draw(seed, 4, *shape)
+        axis = None if axis is None else min(axis, len(shape))
+        members.append(t if axis is not None else np.broadcast_to(t[0], t.shape))
+        args.append(t[0] if axis is None else np.moveaxis(t, 0, axis))
+    axes = tuple(a if a is None else min(a, len(s)) for a, s in zip(axes, shapes))
+    want = np.stack([dense(*pair) for pair in zip(*members)])
+    got = jax.vmap(lambda a, v: f(PATTERN, a, v), axes)(*args)
+    _close(got, want)
+    twice = jax.vmap(jax.vmap(lambda a, v: f(PATTERN, a, v), axes), (None, 0))
+    v = np.stack([args[1], 2 * args[1], -args[1]])
+    _close(twice(args[0], v), np.stack([want, 2 * want, -want]))
+    twice = jax.vmap(jax.vmap(lambda a, v: f(PATTERN, a, v), axes), (0, None))
+    _close(twice(np.stack([args[0], args[0] * 3]), args[1]), np.stack([want, 3 * want]))
+
+
+# ---------------------------------------------------------------------------------------------
+# Solves.
+
+M, N = 6, 4
+WHOLE = fl.SparsityPattern(*np.divmod(np.arange(M * N), N), (M, N))
+
+
+def _deficient(dtype=complex, damped=False):
+    """A function of (L, R, b, w, x0), L R of rank 2, and the same by numpy."""
+    args = [_draw(0, M, 2, dtype=dtype), _draw(1, 2, N, dtype=dtype), _draw(2, M, dtype=dtype)]
+    args += [np.abs(_draw(3, M, dtype=float)) + 0.5, _draw(4, N, dtype=dtype)]
+    damp = np.array([0.8, 0.0, 0.0, 0.0]) if damped else np.zeros(N)
+    how = {"damp": damp} if damped else {}
+
+    def ours(L, R, b, w, x0):
+        A = flj.Sparse(WHOLE, (L @ R).reshape(-1))
+        return flj.lstsq(A, b, weights=w, x0=x0, solver="svd", **how)
+
+    def oracle(L, R, b, w, x0):
+        A, s = L @ R, np.sqrt(w)
+        B = np.concatenate((s[:, None] * A, np.diag(damp)))
+        return x0 + np.linalg.pinv(B, rcond=1e-9)[:, :M] @ (s * (b - A @ x0))
+
+    return ours, oracle, args
+
+
+def _damped(dtype=complex):
+    """A function of (values, b, w, damp, x0) of full rank."""
+    args = [_draw(0, M * N, dtype=dtype), _draw(1, M, dtype=dtype)]
+    args += [np.abs(_draw(2, M, dtype=float)) + 0.5, np.array(0.7), _draw(3, N, dtype=dtype)]
+
+    def ours(values, b, w, damp, x0):
+        return flj.lstsq(flj.Sparse(WHOLE, values), b, weights=w, damp=damp, x0=x0, solver="svd")
+
+    def oracle(values, b, w, damp, x0):
+        A, s = values.reshape(M, N), np.sqrt(w)
+        B = np.concatenate((s[:, None] * A, damp * np.eye(N)))
+        return x0 + np.linalg.pinv(B)[:, :M] @ (s * (b - A @ x0))
+
+    return ours, oracle, args
+
+
+SOLVES = {
+    "deficient": _deficient,
+    "partly damped": lambda: _deficient(damped=True),
+    "damped": _damped,
+}
+
+
+def _difference(f, args, steps, size):
+    """Central difference of the fourth order."""
+
+    def at(t):
+        return np.asarray(f(*(a + t * size * s for a, s in zip(args, steps))))
+
+    return (8 * (at(1) - at(-1)) - at(2) + at(-2)) / (12 * size)
+
+
+@pytest.mark.parametrize("name", SOLVES)
+def test_first_and_second_derivatives_of_a_solve(name):
+    f, oracle, args = SOLVES[name]()
+    args = tuple(args)
+    _close(f(*args), oracle(*args), rtol=1e-9)
+    k = _draw(9, N)
+    steps = tuple(
+        _draw(10 + i, *np.shape(a), dtype=complex if np.iscomplexobj(a) else float)
+        for i, a in enumerate(args)
+    )
+
+    def pulled(*args):
+        return jax.vjp(f, *args)[1](k)
+
+    def slope(*args):
+        return _difference(oracle, args, steps, 1e-3)
+
+    bars = pulled(*args)
+    for slot in range(len(args)):
+        along = tuple(s if i == slot else np.zeros_like(s) for i, s in enumerate(steps))
+        want = _difference(oracle, args, along, 1e-3)
+        _close(jax.jvp(f, args, along)[1], want, rtol=1e-6, atol=1e-6)
+        _close(_inner(bars[slot], steps[slot]), _inner(k, want), rtol=1e-6, atol=1e-6)
+    want = _difference(slope, args, steps, 1e-3)
+    loose = {"rtol": 1e-5, "atol": 1e-5}
+    _close(jax.jvp(lambda *a: jax.jvp(f, a, steps)[1], args, steps)[1], want, **loose)
+    for second in (jax.jvp(pulled, args, steps)[1], jax.vjp(pulled, *args)[1](steps)):
+        _close(sum(map(_inner, second, steps)), _inner(k, want), **loose)
+
+
+# Values, weights, damping squared, c, g and the gate: the axis that a batch of it lies on.
+OPERANDS = {"a": 0, "w": 1, "d2": 0, "c": 2, "g": 1, "gate": 0}
+MAPPED = [
+    "c",
+    "g",
+    "c g",
+    "gate",
+    "c gate",
+    "g gate",
+    "a",
+    "w",
+    "d2 c",
+    "a c gate",
+    "a w d2 c g gate",
+]
+
+
+def _members(count):
+    """Operands of that many solves, of rank 3 of 4, stacked in front."""
+    A = _draw(0, count, M, 2) @ _draw(5, count, 2, N)
+    return {
+        "a": A.reshape(count, M * N),
+        "w": _draw(1, count, M, dtype=float) ** 2,
+        "d2": _draw(2, count, N, dtype=float) ** 2 * np.array([1.0, 0.0, 0.0, 0.0]),
+        "c": _draw(3, count, M, 2),
+        "g": _draw(4, count, N, 2),
+        "gate": np.arange(1.0, count + 1) % 2,
+    }
+
+
+def _solved(a, w, d2, c, g, gate):
+    problem = Problem(Static(WHOLE), Options(solver="svd"))
+    return S(problem, Operands((a,), (), w, d2, c, g, gate))
+
+
+def _direct(a, w, d2, c, g, gate):
+    """X and A x by numpy; zeros where the gate is."""
+    A = a.reshape(M, N)
+    G = A.conj().T @ (w[:, None] * A) + np.diag(d2)
+    x = gate * np.linalg.pinv(G, rcond=1e-9) @ (A.conj().T @ (w[:, None] * c) + g)
+    return x, A @ x
+
+
+@pytest.mark.parametrize("mapped", MAPPED)
+def test_batches_of_solves(mapped):
+    members, names = _members(3), mapped.split()
+    axes = tuple(axis if name in names else None for name, axis in OPERANDS.items())
+    given, chosen = [], []
+    for t, axis in zip(members.values(), axes):
+        given.append(t[0] if axis is None else np.moveaxis(t, 0, axis))
+        chosen.append(np.stack([t[0]] * 3) if axis is None else t)
+    want = [_direct(*one) for one in zip(*chosen)]
+    x, ax, info, deficient = jax.vmap(_solved, axes)(*given)
+    _close(x, np.stack([one[0] for one in want]), rtol=1e-8, atol=1e-9)
+    _close(ax, np.stack([one[1] for one in want]), rtol=1e-8, atol=1e-9)
+    assert info.shape == (3, 2, INFO) and deficient.shape == (3,)
+    for i, one in enumerate(zip(*chosen)):
+        if one[-1]:  # where the gate is 0 nobody reads them
+            alone = _solved(*one)
+            _close(info[i], alone[2], rtol=1e-6, atol=1e-12)
+            assert deficient[i] == alone[3]
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer"), [("c", "a"), ("a", "c"), ("gate", "a g"), ("w c", "d2")]
+)
+def test_batches_of_batches_of_solves(inner, outer):
+    inside, outside = _members(2), _members(3)
+    given, want = [], np.empty((3, 2, N, 2), complex)
+    dims = [[], []]
+    for name in OPERANDS:
+        t = outside[name] if name in outer.split() else inside[name]
+        mapped = [name in inner.split(), name in outer.split()]
+        given.append(t if any(mapped) else t[0])
+        dims[0].append(0 if mapped[0] else None)
+        dims[1].append(0 if mapped[1] else None)
+    for i in range(3):
+        for j in range(2):
+            one = [t if d == e is None else t[i if e == 0 else j] for t, d, e in zip(given, *dims)]
+            want[i, j] = _direct(*one)[0]
+    nested = jax.vmap(jax.vmap(lambda *t: _solved(*t)[0], tuple(dims[0])), tuple(dims[1]))
+    _close(nested(*given), want, rtol=1e-8, atol=1e-9)
