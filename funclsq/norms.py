@@ -22,7 +22,7 @@ def column_norms(v: Tensor) -> Tensor:
 
     Raw tensors only: nothing is recorded.
     """
-    if v.device.type != "cpu" or v.numel() == 0:
+    if v.device.type != "cpu":
         return torch.linalg.vector_norm(v, dim=-2)
     k = v.shape[-1]
     flat = torch.view_as_real(v.resolve_conj()).flatten(-2) if v.is_complex() else v

@@ -1,7 +1,7 @@
 """The factored normal matrix of a column-scaled operator, and its use as a preconditioner.
 
 For B, (m, n), of any row scaling: S = diag(powers of two that bring every column norm of B to
-about one; 1 for zero columns), N = (B S)^H (B S) + shift I, factored. ``apply`` is
+about one; 1/2 for zero columns), N = (B S)^H (B S) + shift I, factored. ``apply`` is
 N^-1, corrected on the few directions that the shift spoils where they are known.
 """
 
