@@ -13,7 +13,7 @@ import torch
 from cases import DTYPES, LAYOUTS, problem
 
 import funclsq as fl
-from funclsq import kept, raw, spare
+from funclsq import kept, raw
 from funclsq.entries import sddmm
 from funclsq.matrix import matmul, outer, rmatmul
 from funclsq.operators import DenseStructure, SparseStructure
@@ -382,31 +382,6 @@ def test_a_value_changed_in_place_is_seen(monkeypatch):
     assert len(counted) == 2
     torch.testing.assert_close(second, torch.linalg.lstsq(A, b).solution)
     assert not torch.allclose(first, second)
-
-
-def test_memory_of_large_copies_is_used_again_only_when_nobody_holds_it():
-    t = torch.randn(800_000, dtype=torch.float64)
-    raw.clear_cache()
-    first = spare.copied(t)
-    view, where = first[5:9], first.data_ptr()
-    del first
-    second = spare.copied(t)  # the view still needs the first memory
-    assert second.data_ptr() != where
-    assert torch.equal(view, t[5:9])
-    del view
-    third = spare.copied(t + 1)
-    assert third.data_ptr() == where
-    assert torch.equal(third, t + 1)
-    assert torch.equal(second, t)
-    z = torch.randn(700, 800, dtype=torch.complex128)
-    assert torch.equal(spare.copied(z.T), z.T)
-    assert torch.equal(spare.copied(z.mH), z.mH)
-    del second, third
-    held = [spare.copied(t[i:]) for i in range(20)]
-    del held
-    assert len(spare._spare) <= 4
-    raw.clear_cache()
-    assert not spare._spare
 
 
 def test_what_is_kept_is_bounded_and_can_be_forgotten():

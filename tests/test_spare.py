@@ -1,0 +1,82 @@
+"""Copies of large tensors, in memory that nobody uses any more."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from funclsq import raw, spare
+
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _nothing_spare():
+    spare.clear()
+    yield
+    spare.clear()
+
+
+def test_memory_of_large_copies_is_used_again_only_when_nobody_holds_it():
+    t = torch.randn(800_000, dtype=torch.float64)
+    raw.clear_cache()
+    first = spare.copied(t)
+    view, where = first[5:9], first.data_ptr()
+    del first
+    second = spare.copied(t)  # the view still needs the first memory
+    assert second.data_ptr() != where
+    assert torch.equal(view, t[5:9])
+    del view
+    third = spare.copied(t + 1)
+    assert third.data_ptr() == where
+    assert torch.equal(third, t + 1)
+    assert torch.equal(second, t)
+    z = torch.randn(700, 800, dtype=torch.complex128)
+    assert torch.equal(spare.copied(z.T), z.T)
+    assert torch.equal(spare.copied(z.mH), z.mH)
+    del second, third
+    held = [spare.copied(t[i:]) for i in range(20)]
+    del held
+    assert len(spare._spare) <= 4
+    raw.clear_cache()
+    assert not spare._spare
+
+
+def test_what_is_large():
+    for count, large in ((4 * MIB - 1, False), (4 * MIB, True), (4 * MIB + 1, True)):
+        assert spare.is_large(torch.zeros(count, dtype=torch.uint8)) is large
+        assert not spare.is_large(torch.empty(count, dtype=torch.uint8, device="meta"))
+    assert spare.is_large(torch.zeros(MIB)) and not spare.is_large(torch.zeros(MIB - 1))
+
+
+@pytest.mark.parametrize("count", [3, MIB])
+def test_a_copy_is_equal_and_of_its_own(count):
+    t = torch.arange(float(count), requires_grad=True)
+    copy = spare.copied(t)
+    assert torch.equal(copy, t) and copy.dtype == t.dtype and not copy.requires_grad
+    assert copy.data_ptr() != t.data_ptr()
+    copy[0] = 7
+    assert float(t[0].detach()) == 0
+    z = torch.complex(t.detach(), t.detach() + 1)
+    for view in (z, z.conj(), z.conj().imag):
+        assert torch.equal(spare.copied(view), view)
+
+
+def test_memory_of_another_size_is_left_alone():
+    a = spare.copied(torch.zeros(MIB))
+    where = a.data_ptr()
+    del a
+    b = spare.copied(torch.zeros(MIB + 1))
+    assert b.data_ptr() != where
+    c, d = spare.copied(torch.zeros(MIB // 2, dtype=torch.float64)), spare.copied(torch.zeros(MIB))
+    assert c.data_ptr() == where  # of the same size in bytes
+    assert d.data_ptr() != where
+
+
+def test_four_pieces_of_a_quarter_gibibyte_in_all_are_kept():
+    for count, pieces, left in ((MIB, 6, 4), (24 * MIB, 3, 2), (66 * MIB, 1, 0)):
+        spare.clear()
+        copies = [spare.copied(torch.empty(count)) for _ in range(pieces)]
+        assert len(spare._spare) == 0
+        del copies
+        assert [m.nbytes for m in spare._spare] == [4 * count] * left
