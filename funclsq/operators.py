@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from funclsq.entries import entries_to_csr, sddmm
+from funclsq.entries import entries_to_csr
 from funclsq.pattern import SparsityPattern
 from funclsq.products import csr_mm, csr_tensor
 from funclsq.shapes import broadcast_shapes
@@ -80,10 +80,6 @@ class SparseStructure:
     def bind(self, params: tuple[Tensor, ...]) -> SparseOp:
         """Attach values, (nnz,) or (B, nnz) in the entry order of the pattern."""
         return SparseOp(self.pattern, entries_to_csr(self.pattern, params[0]))
-
-    def outer(self, params: tuple[Tensor, ...], U: Tensor, V: Tensor) -> tuple[Tensor]:
-        """Sample U V^H at the stored entries; shaped like the values."""
-        return (sddmm(self.pattern, U, V, batched=params[0].ndim == 2),)
 
 
 class SparseOp:

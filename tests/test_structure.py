@@ -151,6 +151,31 @@ def test_one_pattern_serves_many_threads():
         torch.testing.assert_close(x, want, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("row", "col", "named"), [([0, 7, -2], [0, 0, 0], 7), ([0, 1], [-3, 9], -3)]
+)
+def test_the_first_index_out_of_bounds_is_named(row, col, named):
+    with pytest.raises(ValueError, match=f"got {named}\\."):
+        fl.SparsityPattern(row, col, (3, 2))
+
+
+def test_four_replicas_of_a_pattern_are_kept_the_latest_ones():
+    S = fl.SparsityPattern([0, 2, 2], [1, 0, 1], (3, 2))
+    made = {copies: S.repeated(copies) for copies in (1, 2, 3, 4)}
+    for copies, found in made.items():
+        assert found.shape == (3 * copies, 2 * copies)
+        A = np.zeros((3, 2))
+        A[S.row, S.col] = 1
+        B = np.zeros(found.shape)
+        B[found.row, found.col] = 1
+        np.testing.assert_array_equal(B, np.kron(np.eye(copies), A))
+    assert all(S.repeated(copies) is found for copies, found in made.items())
+    S.repeated(1)  # used again, so that 2 is the oldest
+    S.repeated(5)
+    assert S.repeated(1) is made[1] and S.repeated(3) is made[3] and S.repeated(4) is made[4]
+    assert sorted(k[1] for k in S.cache if k[0] == "repeated") == [1, 3, 4, 5]
+
+
 # ---------------------------------------------------------------------------------------------
 # Products.
 
