@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 _SWAPPED = {
-    "outer", "_sddmm", "_sampled", "sddmm", "div", "hypot", "where", "solve_triangular",
+    "outer", "_sddmm", "_sampled", "sddmm", "div", "where", "solve_triangular",
     "product_p.bind", "bind",
 }  # fmt: skip
 _TWIN = {
