@@ -42,3 +42,9 @@ def test_many_rows_in_single_precision():
     v = torch.randn((400_000, 16), generator=torch.Generator().manual_seed(2))
     error = column_norms(v).double() / torch.linalg.vector_norm(v.double(), dim=0) - 1
     assert float(error.abs().max()) < 2e-6
+
+
+@pytest.mark.parametrize("norms", [column_norms, column_sizes])
+def test_norms_on_another_device(norms):
+    v = torch.empty((2, 5, 9), device="meta")  # computes shapes as any device does
+    assert norms(v).shape == (2, 9) and norms(v).device.type == "meta"
