@@ -107,6 +107,15 @@ def test_products_and_their_derivatives(kind, dtype):
     _close(_inner(second[2], others[1]), _inner(k, dense(steps[0], others[1])))
 
 
+@pytest.mark.parametrize("kind", ["mv", "rmv"])
+def test_one_matrix_or_one_block_for_a_whole_batch(kind):
+    f, dense, *shapes = PRODUCTS[kind]
+    a, v = (_draw(i, 4, *shape) for i, shape in enumerate(shapes))
+    _close(f(PATTERN, a, v[0]), dense(a, v[0]))
+    _close(f(PATTERN, a[0], v), dense(a[0], v))
+    _close(f(PATTERN, a, v), dense(a, v))
+
+
 @pytest.mark.parametrize("kind", PRODUCTS)
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (1, 2), (None, 1)], ids=str)
 def test_batches_of_products(kind, axes):
