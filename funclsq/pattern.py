@@ -229,7 +229,7 @@ class SparsityPattern:
         key = (name, device)
         found = self._tensors.get(key)
         if found is None:
-            found = self._tensors[key] = _tensor_of(getattr(self, name)).to(device)
+            found = self._tensors[key] = torch.from_numpy(getattr(self, name)).to(device)
         return found
 
     def permutation(self, name: str, device: torch.device) -> Tensor | None:
@@ -292,10 +292,6 @@ class SparsityPattern:
 def pattern_of_handle(handle: int) -> SparsityPattern:
     """Return the live pattern with this handle."""
     return _by_handle[handle]
-
-
-def _tensor_of(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _frozen(array: np.ndarray, dtype: Any) -> np.ndarray:

@@ -109,7 +109,7 @@ EQUIVALENT: dict[str, str] = {
     ": out - solve(plan, w, d2, image": "the first projection does it to eps cond^2",
     ": torch.where(moderate": "either choice is the same but for rounding",
     ": info[..., _SLOT_COND] < ": "either choice is the same but for rounding",
-    "divisor dropped: 1 / safe": "more norms are found in the careful way, which is as right",
+    ": 1 / safe": "more norms are found in the careful way, which is as right",
     "scaled: self._nulls * self.normal.scale": "what is made orthonormal next may have any length",
     "scaled: top * cnorm + gnorm + ": "a bound of twenty roundings, wider by one per cent",
     "operands swapped: s.div(rho, self.hnorm)": "largest over smallest: inverses have the same",
