@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import funclsq as fl
+from funclsq import products
 from funclsq.operators import DenseOp, ScaledOp, SparseOp, StackedOp, column_scale
 
 M, N, K = 7, 4, 3
@@ -69,6 +70,27 @@ def test_an_operator_scaled_from_outside(row, col):
     assert column_scale(op) is None
     _same(op.scaled(ROW, COL), ROW[:, None] * A * COL)
     _same(op.scaled(col=COL), A * COL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_column_norms_of_ordinary_numbers(dtype, sign):
+    op = _sparse(())
+    op = SparseOp(op.pattern, (sign * (op.csr_values.abs() + 0.5)).to(dtype))
+    want = torch.linalg.vector_norm(op.dense(), dim=0)
+    torch.testing.assert_close(op.column_norms(), want)
+
+
+@pytest.mark.parametrize("k", [0, 1, 7, 8, 9, 16, 21])
+@pytest.mark.parametrize("work", [1, 1 << 18])
+def test_products_in_blocks_of_columns(k, work, monkeypatch):
+    monkeypatch.setattr(products, "SMALL_WORK", work)  # 1: blocks of eight columns
+    op = _sparse(())
+    X = _draw(N, k)
+    out = torch.full((M, k), torch.nan, dtype=X.dtype)
+    assert products.csr_mm(op.matrix(), X, out) is out
+    for got in (out, products.csr_mm(op.matrix(), X)):
+        torch.testing.assert_close(got, op.dense() @ X)
 
 
 def test_a_zero_column_is_not_scaled():
