@@ -261,11 +261,11 @@ def _solved(a, w, d2, c, g, gate):
 
 
 def _direct(a, w, d2, c, g, gate):
-    """X and A x by numpy; zeros where the gate is."""
+    """X and A x - c by numpy; zeros where the gate is."""
     A = a.reshape(M, N)
     G = A.conj().T @ (w[:, None] * A) + np.diag(d2)
     x = gate * np.linalg.pinv(G, rcond=1e-9) @ (A.conj().T @ (w[:, None] * c) + g)
-    return x, A @ x
+    return x, gate * (A @ x - c)
 
 
 @pytest.mark.parametrize("mapped", MAPPED)
@@ -277,9 +277,9 @@ def test_batches_of_solves(mapped):
         given.append(t[0] if axis is None else np.moveaxis(t, 0, axis))
         chosen.append(np.stack([t[0]] * 3) if axis is None else t)
     want = [_direct(*one) for one in zip(*chosen)]
-    x, ax, info, deficient = jax.vmap(_solved, axes)(*given)
+    x, s, info, deficient = jax.vmap(_solved, axes)(*given)
     _close(x, np.stack([one[0] for one in want]), rtol=1e-8, atol=1e-9)
-    _close(ax, np.stack([one[1] for one in want]), rtol=1e-8, atol=1e-9)
+    _close(s, np.stack([one[1] for one in want]), rtol=1e-8, atol=1e-9)
     assert info.shape == (3, 2, INFO) and deficient.shape == (3,)
     for i, one in enumerate(zip(*chosen)):
         if one[-1]:  # where the gate is 0 nobody reads them
