@@ -46,7 +46,17 @@ class Area:
 AREAS = {
     "derivatives": Area(
         {
-            "derivatives": ("_pull", "_push", "_null", "_null_of_g", "_rows"),
+            "derivatives": (
+                "_pull",
+                "_push",
+                "_adjoint",
+                "_damping_cotangent",
+                "_damping_tangent",
+                "_gated",
+                "_null",
+                "_null_of_g",
+                "_rows",
+            ),
             "matrix": ("backward", "jvp", "_sampled", "outer"),
         },
         ("test_mutants.py",),
@@ -102,7 +112,7 @@ AREAS = {
 EQUIVALENT: dict[str, str] = {
     ": 5 + len(params)": "a count of None, not algebra",
     ": (None,) * ": "a count of None, not algebra",
-    ": ax_dot + matmul(structure, params, null_term)": "A (I - P) is zero",
+    ": s_dot + matmul(structure, params, null_term)": "A (I - P) is zero",
     "other factor dropped: deficient.to(": "where the gate is 0, (I - P) v is 0 anyway",
     ": v - rmatmul(plan.structure, params, _rows(w, az))": "the second projection does it all",
     "derivatives._null weights dropped: _rows(w, az)": "the second projection does it all",

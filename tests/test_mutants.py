@@ -24,7 +24,7 @@ def _randn(g, *shape, dtype=REAL):
     return torch.randn(shape, generator=g, dtype=dtype)
 
 
-def _sparse(dtype, m, n):
+def _sparse(dtype, m, n, weighted=True):
     g = torch.Generator().manual_seed(m)
     keep = torch.rand(m, n, generator=g) < 0.8
     pattern = fl.SparsityPattern(*keep.nonzero().T, (m, n))
@@ -39,7 +39,10 @@ def _sparse(dtype, m, n):
     def f(values, b, w, damp, x0):
         return fl.lstsq(fl.Sparse(pattern, values), b, weights=w, damp=damp, x0=x0, solver="svd")
 
-    return f, args
+    def unweighted(values, b, damp):
+        return fl.lstsq(fl.Sparse(pattern, values), b, damp=damp, solver="svd")
+
+    return (f, args) if weighted else (unweighted, [args[0], args[1], args[3]])
 
 
 def _deficient(dtype, layout="sparse", solver="svd", damp=0.0):
@@ -73,6 +76,8 @@ def _cases():
     yield *_deficient(COMPLEX, "dense", "qr", 0.7), False
     yield *_deficient(COMPLEX), True
     yield *_sparse(COMPLEX, 6, 3), True
+    yield *_sparse(COMPLEX, 3, 5), True  # wide: one damping for all, and s as one unknown
+    yield *_sparse(COMPLEX, 3, 5, weighted=False), True
 
 
 def _inner(a, b):
@@ -155,6 +160,25 @@ def test_the_null_space_is_met_to_eps_cond(damp, cond):
         assert torch.linalg.vector_norm((A_bar - want)[:, 0]) < 1e-5 * size
     if cond <= 1e6:
         assert torch.linalg.matrix_norm(A_bar - want) < 1e-2 * torch.linalg.matrix_norm(want)
+
+
+def test_one_damping_of_a_wide_matrix():
+    """Where damping is small the sum over z^H x cancels; where it is zero it bends x."""
+    g = torch.Generator().manual_seed(2)
+    A, b, k = (_randn(g, *shape) for shape in ((3, 5), (3,), (5,)))
+    K = torch.linalg.inv(A @ A.T)
+    one = torch.ones((), dtype=REAL)
+
+    def x(damp):
+        return fl.lstsq(A, b, damp=damp, solver="qr")
+
+    small = torch.tensor(1e-6, dtype=REAL)
+    slope = -2 * small * (A.T @ (K @ (K @ b)))  # but for a part of damp^2
+    assert torch.allclose(jvp(x, (small,), (one,))[1], slope, rtol=1e-9)
+    assert torch.allclose(vjp(x, small)[1](k)[0], k @ slope, rtol=1e-9)
+    zero, bend = torch.zeros((), dtype=REAL), -2 * (A.T @ (K @ (K @ b)))
+    assert torch.allclose(jvp(lambda d: jvp(x, (d,), (one,))[1], (zero,), (one,))[1], bend)
+    assert torch.allclose(jvp(lambda d: vjp(x, d)[1](k)[0], (zero,), (one,))[1], k @ bend)
 
 
 @pytest.mark.parametrize("asked", [0, 1])
