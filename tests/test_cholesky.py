@@ -12,6 +12,7 @@ import scipy.sparse
 import torch
 from problems import FAMILIES, Exact, by_qr, laplacian
 
+from funclsq import spare
 from funclsq.backends import available, dense, registry
 from funclsq.methods import _layout, _normal
 from funclsq.methods._dual import worthwhile
@@ -388,7 +389,7 @@ def test_a_batch_of_nearly_full_factors(kind, monkeypatch):
     assert torch.equal(ours.rank, other.rank)
     assert ours.rank.tolist() == [80, 79, 80]
     for rhs in ((c, None), (None, g), (c, g)):
-        (x, status, _), (y, same, _) = ours.solve(*rhs), other.solve(*rhs)
+        (x, status, *_), (y, same, *_) = ours.solve(*rhs), other.solve(*rhs)
         assert error(x.numpy(), y.numpy()) <= 1e-11
         assert torch.equal(status, same)
     monkeypatch.setattr(_layout, "_MOST_DENSE", 2 * 80 * 80)  # too large in all: sparse
@@ -403,6 +404,7 @@ def test_a_thin_factor_and_a_backend_asked_for_stay_sparse():
 
 
 def test_the_memory_of_dense_factors_is_used_again():
+    spare.clear()
     A = sparse_op(nearly_full(np.random.default_rng(0), m=1000, n=400, each=5))
     first = prepare(A, None, Options())
     assert first.full

@@ -175,6 +175,7 @@ def solve_verified(
         # Loosened more than once, the tolerance may have been met by leaving out directions in
         # which A is small, but not null: one time is rounding's due, beyond it s itself must say.
         pending |= _judge(answer, norms(s), targets, asked, 1.0)
+    pending &= ~_consistent(answer, targets, settings.eps)
     answer.status[pending] = int(Status.STAGNATED)
     return answer
 
@@ -226,6 +227,14 @@ def _judge(
     answer.status[stalled & met] = int(Status.NORMAL_RESIDUAL_AT_EPS)
     answer.status[~(np.isfinite(snorm) & np.isfinite(xnorm))] = int(Status.NONFINITE)
     return (_CONVERGED[answer.status] | stalled) & ~met
+
+
+def _consistent(answer: Answer, targets: Targets, eps: float) -> np.ndarray:
+    """Whether r is the rounding of A x, and x large but not beyond belief."""
+    with np.errstate(all="ignore"):
+        image = answer.anorm * norms(answer.x)
+        small = norms(answer.r) <= _SLACK * eps * image
+        return targets.consistent & small & (image <= eps**-0.75 * targets.bnorm)
 
 
 def _merge(old: Answer, new: Answer, better: np.ndarray, pending: np.ndarray) -> Answer:
