@@ -114,6 +114,7 @@ EQUIVALENT: dict[str, str] = {
     ": (None,) * ": "a count of None, not algebra",
     ": s_dot + matmul(structure, params, null_term)": "A (I - P) is zero",
     "other factor dropped: deficient.to(": "where the gate is 0, (I - P) v is 0 anyway",
+    "other factor dropped: gate[..., None, None] * t": "no gated solve with a c has its s read",
     ": v - rmatmul(plan.structure, params, _rows(w, az))": "the second projection does it all",
     "derivatives._null weights dropped: _rows(w, az)": "the second projection does it all",
     ": out - d2.unsqueeze(-1) * z": "the second projection does it all",
