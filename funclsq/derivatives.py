@@ -139,7 +139,7 @@ def _pull(plan, w, d2, c, g, gate, x, s, info, params, k, k_s, needs):
     if k is None and k_s is None:
         return (None,) * count
     need_w, need_d2, need_c, need_g, _, *need_params = needs[2:]
-    k, z, az, waz_k = _adjoint(plan, w, d2, gate, params, k, k_s)
+    z, az, waz_k = _adjoint(plan, w, d2, gate, params, k, k_s)
     w_bar = d2_bar = c_bar = g_bar = None
     if need_c:
         c_bar = reduce_batch(waz_k, c)
@@ -156,6 +156,7 @@ def _pull(plan, w, d2, c, g, gate, x, s, info, params, k, k_s, needs):
         if deficient is not None:
             au = _image_of_inverse(plan, w, d2, x, deficient, params)
             if au is not None:
+                k = _total(plan, params, k, k_s)
                 lefts.append(_rows(w, au))
                 rights.append(_null(plan, params, w, d2, k, z, az, deficient, info))
             if g is not None and au is not None:
@@ -169,18 +170,19 @@ def _pull(plan, w, d2, c, g, gate, x, s, info, params, k, k_s, needs):
 
 
 def _adjoint(plan, w, d2, gate, params, k, k_s):
-    """k + A^H k_s, z, A z and W A z - k_s (which is s of one solve where nothing divides k_s)."""
+    """z = G^+ (k + A^H k_s), A z, W A z - k_s (s of one solve where nothing divides k_s)."""
     m, n = plan.structure.shape
-    total = k
-    if k_s is not None:
-        pulled = rmatmul(plan.structure, params, k_s)
-        total = pulled if k is None else k + pulled
     if k_s is None or w is not None or d2 is None or m >= n:
-        z, az, _ = solve(plan, w, d2, None, total, gate, params)
+        z, az, _ = solve(plan, w, d2, None, _total(plan, params, k, k_s), gate, params)
         waz = _rows(w, az)
-        return total, z, az, waz if k_s is None else waz - _gated(gate, k_s)
+        return z, az, waz if k_s is None else waz - _gated(gate, k_s)
     z, rest, _ = solve(plan, w, d2, k_s, k, gate, params)
-    return total, z, rest + _gated(gate, k_s), rest
+    return z, rest + _gated(gate, k_s), rest
+
+
+def _total(plan, params, k, k_s):
+    """Return k + A^H k_s."""
+    return k if k_s is None else _plus(rmatmul(plan.structure, params, k_s), k)
 
 
 def _push(plan, w, d2, c, g, gate, x, s, info, params, tangents):

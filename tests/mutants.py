@@ -50,6 +50,7 @@ AREAS = {
                 "_pull",
                 "_push",
                 "_adjoint",
+                "_total",
                 "_damping_cotangent",
                 "_damping_tangent",
                 "_gated",

@@ -185,6 +185,18 @@ def test_a_tolerance_that_was_loosened_again_and_again_is_not_called_rounding(so
 
 
 @pytest.mark.parametrize("solver", ["lsmr", "lsqr", "cgls"])
+def test_a_direction_left_out_is_not_called_rounding_in_single_precision(solver):
+    """Cond 1e4: the x of the larger singular value leaves 244 units of rounding in A^T r."""
+    A = torch.tensor([[109.375, 164.0625], [2.34375e6, -1.15625e6]])
+    b = torch.tensor([1.375, 1.5])
+    sol = fl.solve(A, b, solver=solver, on_failure="ignore")
+    A, b, x = A.double(), b.double(), sol.x.double()
+    a, s = torch.linalg.matrix_norm(A), torch.linalg.vector_norm(A.T @ (b - A @ x))
+    units = s / (a * (a * x.norm() + b.norm()) * torch.finfo(torch.float32).eps)
+    assert units < 200 or not bool(sol.converged)
+
+
+@pytest.mark.parametrize("solver", ["lsmr", "lsqr", "cgls"])
 @pytest.mark.parametrize(
     ("entry", "b"),
     [(-1.25e-36, 7.8e-27), (1.43e-22 + 2.2e-22j, -4.97e-25 - 2.76e-25j), (3e-30, 1e-20)],

@@ -282,3 +282,12 @@ def test_a_factorization():
     K = A @ A.T + 1e-10 * torch.eye(10, dtype=F64)
     y = kept.adjoint(x_bar).detach()
     assert _errors([y], [torch.linalg.solve(K, A @ x_bar)])[0] < 1e-12
+
+
+@pytest.mark.parametrize("solver", ["lsmr", "lsqr", "cgls"])
+def test_iterations_on_rows_keep_digits_where_rows_are_dependent(solver):
+    A, b, x_bar = _data(10, 20, rank=6)
+    (b_bar,), said = _bars(lambda b: fl.lstsq(A, b, damp=1e-8, solver=solver), (b,), x_bar)
+    U, s, Vh = (t[:6] if t.ndim == 1 else t for t in torch.linalg.svd(A, full_matrices=False))
+    exact = U[:, :6] @ (s / (s**2 + 1e-16) * (Vh[:6] @ x_bar))
+    assert not said and _errors([b_bar], [exact])[0] < 1e-12

@@ -52,7 +52,10 @@ def _lower(ctx, *operands, function, shapes):
     del shapes
     module = ctx.module_context
     if len(module.platforms) > 1:
-        raise NotImplementedError("funclsq.jax: a host call is lowered for one platform at a time.")
+        raise NotImplementedError(
+            "funclsq.jax: a host call must be lowered for one platform; got "
+            f"{', '.join(module.platforms)}. Lower for one of them, platforms=['cpu'] for example."
+        )
     module.add_host_callback(function)
     index = np.uint64(len(module.host_callbacks) - 1)
     return jax.ffi.ffi_lowering(_TARGET)(ctx, *operands, index=index)
