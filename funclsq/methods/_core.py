@@ -21,6 +21,7 @@ from funclsq.solution import Status
 
 __all__ = ["Core", "NeedsDense"]
 
+EASIEST = 20.0  # up to this one a factor in single precision contracts by 1e-4
 EASY = 1e6  # up to this condition number the plain factor contracts fast enough
 _SLACK = 20.0  # times the rank tolerance that a residual of the equations may be
 _QUICK = 3  # corrections after which a factor of an easy matrix is not believed unseen
@@ -57,18 +58,27 @@ class Core:
         self.deficient = self.normal.zero.any(-1)
         if not self._plainly(rcond):
             self._carefully(rcond)
+        self.normal.settle()
 
     def _plainly(self, rcond: float) -> bool:
         """Factor N as it is; False if it is too ill-conditioned for that."""
+        most = min(EASY, 1 / (MARGIN * max(rcond, 1e-300)))
+        fits = self._factored(single=True)
+        if fits and self.normal.single and not bool((self.cond < min(EASIEST, most)).all()):
+            fits = self._factored(single=False)
+        return fits and bool((self.cond < most).all())
+
+    def _factored(self, single: bool) -> bool:
+        """Factor N and estimate its condition number; False if it is numerically singular."""
         try:
-            self.normal.factor()
+            self.normal.factor(single=single)
         except NotPositive:
             return False
-        if not self.normal.positive():  # numerically singular, and a backend may not mind
+        if not self.normal.positive():  # a backend may not mind
             return False
         bottom = smallest(self.normal)
         self.cond = torch.where(self.top > 0, self.top / bottom, 1.0)
-        return bool((self.cond < min(EASY, 1 / (MARGIN * max(rcond, 1e-300)))).all())
+        return True
 
     def _carefully(self, rcond: float) -> None:
         """Shift, and find the directions that the shift spoils."""

@@ -37,16 +37,20 @@ def analysis(gram: Gram, name: str | None, dtype: str, batch: int | None) -> Any
     return found
 
 
-def factored(gram: Gram, name: str | None, batch: int | None, data: np.ndarray) -> Factor:
-    """Factor the values of N, or of ``batch`` of them."""
+def factored(
+    gram: Gram, name: str | None, batch: int | None, data: np.ndarray, single: bool = False
+) -> Factor:
+    """Factor the values of N, or of ``batch`` of them; ``single``: if dense, then in single."""
     dtype = data.dtype.name
     symbolic = analysis(gram, name, dtype, batch)
+    if isinstance(symbolic, dense.Symbolic):
+        return symbolic.factor(data, single)
     factor = symbolic.factor(data)
     if _free(gram, name, batch) and _nearly_full(gram, symbolic, batch):
         symbolic = dense.Symbolic(gram.indptr, gram.indices, batch)
         with gram.pattern.lock:
             gram.pattern.cache[_key(gram, name, dtype, batch)] = symbolic
-        factor = symbolic.factor(data)
+        return symbolic.factor(data, single)
     return factor
 
 

@@ -106,14 +106,18 @@ class Normal:
         ones = self.zero.to(self.B.dtype)
         return ones if damp is None else ones + damp**2
 
-    def factor(self, shift: float = 0.0) -> None:
-        """Factor N + shift I; raises NotPositive if it is not positive definite."""
+    def factor(self, shift: float = 0.0, single: bool = False) -> None:
+        """Factor N + shift I; raises NotPositive if it is not positive definite.
+
+        ``single`` allows a large dense factor of one matrix to be in single precision.
+        """
         self.shift = shift
+        single &= self.batch is None and self.n >= dense.SINGLE_ORDER
         if self._gram is None:
             N = self._values
             if shift:
                 N = N + shift * torch.eye(self.n, dtype=N.dtype)
-            self._factor: Any = dense.factor(N)
+            self._factor: Any = dense.factor(N, single)
             return
         values = self._values
         if shift:
@@ -121,7 +125,8 @@ class Normal:
             values[..., self._gram.diagonal] += shift
         # by rows here and by columns there, and the columns of N are its rows conjugated
         data = values.conj() if np.iscomplexobj(values) else values
-        self._factor = factored(self._gram, self._name, self.batch, data.reshape(-1))
+        data = data.reshape(-1)
+        self._factor = factored(self._gram, self._name, self.batch, data, single)
         if self._rows is not None:
             self._border = Border(self._rows, self._solve_factored, shift > 0)
 
@@ -130,6 +135,15 @@ class Normal:
         """Whether a sparse operator has a dense factor."""
         op = self.B.op if isinstance(self.B, StackedOp) else self.B
         return isinstance(op, SparseOp) and isinstance(self._factor, dense.FACTORS)
+
+    @property
+    def single(self) -> bool:
+        """Whether the factor is in single precision."""
+        return isinstance(self._factor, dense.FACTORS) and self._factor.single
+
+    def settle(self) -> None:
+        """Let go of N: it will not be factored again."""
+        self._values = None
 
     def positive(self) -> bool:
         """Whether every pivot of the factor came out positive."""
@@ -149,8 +163,8 @@ class Normal:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: the factor, N and the scaled operator."""
-        held = self._values.nbytes + self._factor.nbytes
+        """Bytes held: the factor, the scaled operator, and N while it may be factored again."""
+        held = self._factor.nbytes + (0 if self._values is None else self._values.nbytes)
         held += 0 if self._border is None else self._border.nbytes
         op = self.B.op if isinstance(self.B, StackedOp) else self.B
         held += 2 * op.csr_values.nbytes if isinstance(op, SparseOp) else op.dense().nbytes
