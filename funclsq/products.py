@@ -13,7 +13,8 @@ from torch import Tensor
 
 __all__ = ["FEW_TERMS", "csr_mm", "csr_tensor", "sddmm_csr", "sddmm_few"]
 
-COLUMN_BLOCK = 8  # torch's CSR product slows down erratically beyond this many columns
+COLUMN_BLOCK = 8  # columns at a time where more would not stay in the cache, and their multiples
+CACHE = 3 << 20  # bytes of X that do
 SMALL_WORK = 1 << 18  # nnz x columns below which the cost of a call outweighs that
 FEW_TERMS = 4  # columns up to which gathering them one by one is 2 to 3 times faster
 _lock = threading.Lock()
@@ -35,9 +36,13 @@ def csr_tensor(indptr: Tensor, indices: Tensor, values: Tensor, shape: tuple[int
 def csr_mm(matrix: Tensor, X: Tensor, out: Tensor | None = None) -> Tensor:
     """Y = A X for CSR A (m, n) and X (n, k), in blocks of columns.
 
-    Cost: 2 nnz k flops; reads the values and indices once per block of 8 columns.
+    Rows of X are read in the order of the indices, so that X is cut into blocks of columns which
+    stay in the cache: 1.3 to 1.9 times faster than 64 columns at once for 20,000 rows of X, where
+    64 columns at once are 1.7 times faster for 2,000.
+
+    Cost: 2 nnz k flops; reads the values and indices once per block.
     """
-    m, k = matrix.shape[0], X.shape[1]
+    (m, n), k = matrix.shape, X.shape[1]
     if matrix._nnz() == 0 or k == 0 or m == 0:
         return X.new_zeros((m, k)) if out is None else out.zero_()
     if k == 1:  # a true matrix-vector product is up to 1.9 times faster than addmm
@@ -45,7 +50,8 @@ def csr_mm(matrix: Tensor, X: Tensor, out: Tensor | None = None) -> Tensor:
             return torch.mv(matrix, X.squeeze(1)).unsqueeze(1)
         torch.mv(matrix, X.squeeze(1), out=out.squeeze(1))
         return out
-    width = max(COLUMN_BLOCK, SMALL_WORK // matrix._nnz())
+    fitting = CACHE // (n * X.element_size()) // COLUMN_BLOCK * COLUMN_BLOCK
+    width = max(COLUMN_BLOCK, fitting, SMALL_WORK // matrix._nnz())
     if k <= width or matrix.is_cuda:
         if out is None:
             return torch.mm(matrix, X)

@@ -84,7 +84,8 @@ def test_column_norms_of_ordinary_numbers(dtype, sign):
 @pytest.mark.parametrize("k", [0, 1, 7, 8, 9, 16, 21])
 @pytest.mark.parametrize("work", [1, 1 << 18])
 def test_products_in_blocks_of_columns(k, work, monkeypatch):
-    monkeypatch.setattr(products, "SMALL_WORK", work)  # 1: blocks of eight columns
+    monkeypatch.setattr(products, "SMALL_WORK", work)
+    monkeypatch.setattr(products, "CACHE", work)  # 1: blocks of eight columns
     op = _sparse(())
     X = _draw(N, k)
     out = torch.full((M, k), torch.nan, dtype=X.dtype)

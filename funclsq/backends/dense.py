@@ -72,7 +72,7 @@ _SINGLE = {torch.float64: torch.float32, torch.complex128: torch.complex64}
 
 
 def factor(N: Tensor, single: bool = False) -> _Factor:
-    """Factor N, (..., n, n), Hermitian with both its triangles.
+    """Factor N, (..., n, n), whose lower triangle is read, quickest if stored by columns.
 
     With ``single`` in single precision, if N is positive definite there.
 
@@ -82,10 +82,10 @@ def factor(N: Tensor, single: bool = False) -> _Factor:
         If any member has a pivot that is not positive.
     """
     if single:
-        L = spare.empty(N.shape, _SINGLE[N.dtype]).mT.copy_(N.mH)  # N, in the order of L
+        L = spare.empty(N.shape, _SINGLE[N.dtype]).mT.copy_(N)
         with contextlib.suppress(NotPositive):
             return _factor(L, L)
-    return _factor(N.mH, spare.empty(N.shape, N.dtype).mT)
+    return _factor(N, spare.empty(N.shape, N.dtype).mT)
 
 
 def _factor(N: Tensor, L: Tensor) -> _Factor:

@@ -8,6 +8,9 @@ gather, one product and one segmented sum for all members:
     N[e] = sum over the pairs (p, q) of e of conj(v[p]) v[q]
 
 (For one matrix the list was measured 1.0 to 2.2 times slower than the product: its reads scatter.)
+
+Where N is written out in full, the pairs need no order, and each product is added to its place: 1.3
+to 4 times faster than SciPy's product, half of which is above the diagonal.
 """
 
 from __future__ import annotations
@@ -16,13 +19,17 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy  # its subpackages load on first use
+import torch
+from torch import Tensor
 
+from funclsq import spare
 from funclsq.methods._dense_rows import sparse_part
 from funclsq.pattern import SparsityPattern
 
-__all__ = ["Gram", "estimate", "gram_of", "predict", "square"]
+__all__ = ["Gram", "estimate", "full_square", "gram_of", "predict", "square"]
 
 MAX_PAIRS = 10_000_000  # longer lists are not kept (80 MB): members are multiplied one by one
+_MAX_PLACES = 4_000_000  # (48 MB) of an N that is written out
 _CACHED = 100_000  # pairs x members multiplied at a time
 _SAMPLE = 128  # columns of N counted by predict
 
@@ -196,6 +203,37 @@ def estimate(pattern: SparsityPattern) -> tuple[int, float]:
             part = _adjoint(pattern, ones)[sample] @ _csr(pattern, ones)
             nnz = int(part.nnz * (n / max(1, sample.size)))
             found = pattern.cache["gram_estimate"] = (nnz, nnz / n**2)
+    return found
+
+
+def full_square(pattern: SparsityPattern, v: np.ndarray) -> Tensor:
+    """B^H B written out, (n, n), stored by columns; its lower triangle holds it."""
+    n = pattern.shape[1]
+    N = spare.empty((n, n), torch.from_numpy(v).dtype)
+    places = _places(pattern)
+    if places is None:  # all of it, and by rows: the conjugate by columns
+        square(pattern, v).toarray(out=N.numpy())
+        return N.mH.resolve_conj()
+    left, right, at = places
+    products = v.take(left)
+    if np.iscomplexobj(products):
+        np.conj(products, out=products)
+    products *= v.take(right)
+    np.add.at(N.zero_().numpy().reshape(-1), at, products)
+    return N.mT
+
+
+def _places(pattern: SparsityPattern) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """For all (p, q) in one row, columns i >= j: p, q and the place of (i, j) by columns; kept."""
+    n, counts = pattern.shape[1], np.diff(pattern.indptr).astype(np.int64)
+    if int((counts * (counts + 1) // 2).sum()) > _MAX_PLACES or n**2 > np.iinfo(np.int32).max:
+        return None
+    with pattern.lock:
+        found = pattern.cache.get("gram_places")
+        if found is None:
+            p, q = _pairs_in_rows(pattern.indptr)
+            i, j = pattern.indices[p].astype(np.int32), pattern.indices[q].astype(np.int32)
+            found = pattern.cache["gram_places"] = (p, q, j * np.int32(n) + i)
     return found
 
 

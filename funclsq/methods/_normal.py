@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funclsq import spare
 from funclsq.backends import NotPositive, dense
 from funclsq.methods._dense_rows import Border, dense_rows, sparse_part
-from funclsq.methods._gram import Gram, estimate, gram_of, square
+from funclsq.methods._gram import Gram, estimate, full_square, gram_of
 from funclsq.methods._layout import factored
 from funclsq.operators import DenseOp, Operator, SparseOp, StackedOp
 
@@ -91,13 +90,12 @@ class Normal:
                 self._values[..., self._gram.diagonal] += self._extra(damp).numpy()
                 return
             if self.batch is None:
-                N = spare.empty((self.n, self.n), op.dtype)
-                square(op.pattern, v).toarray(out=N.numpy())
+                N = full_square(op.pattern, v)
             else:
                 N = torch.from_numpy(gram_of(op.pattern).dense(v))
         else:
             A = op.dense()
-            N = A.mH @ A
+            N = (A.mT @ A.conj()).mT  # A^H A, stored by columns
         N.diagonal(dim1=-2, dim2=-1).add_(self._extra(damp))
         self._values = N
 

@@ -55,12 +55,15 @@ def refine(
         Unit roundoff to reach.
     """
 
+    r: Tensor | None = None  # its memory is used again: that of new blocks costs as much as B x
+
     def residual(x: Tensor | None) -> Tensor:
+        nonlocal r
         if x is None:
             q = None if c is None else B.rmv(c)
         else:
-            Bx = B.mv(x)
-            q = B.rmv(torch.neg(Bx) if c is None else c - Bx)
+            r = B.mv(x, out=r)
+            q = B.rmv(torch.neg(r, out=r) if c is None else torch.sub(c, r, out=r))
         if g is None:
             return q
         return g.clone() if q is None else q + g
