@@ -63,7 +63,7 @@ from funclsq.beneath import beneath, tracing
 from funclsq.forward_mode import nested_forward_mode, primals, transformed
 from funclsq.matrix import matmul, matmul_dot, outer, reduce_batch, rmatmul, rmatmul_dot
 from funclsq.opaque import solve_op
-from funclsq.raw import Plan
+from funclsq.plan import Plan
 from funclsq.shapes import broadcast_shapes
 from funclsq.solution import METHODS, Method, Status
 

@@ -22,8 +22,8 @@ from funclsq.checks import (
 )
 from funclsq.matrix_free import LinearOperator
 from funclsq.operators import DenseStructure, SparseStructure
+from funclsq.plan import Plan
 from funclsq.precision import widening
-from funclsq.raw import Plan
 from funclsq.settings import Settings
 from funclsq.shapes import broadcast_shapes
 from funclsq.sparse import Sparse

@@ -14,7 +14,8 @@ from funclsq.batching import vmap_sddmm, vmap_solve, vmap_spmm
 from funclsq.entries import sddmm
 from funclsq.operators import SparseStructure
 from funclsq.pattern import pattern_of_handle
-from funclsq.raw import INFO, plan_of_handle, raw_solve
+from funclsq.plan import plan_of_handle
+from funclsq.raw import INFO, raw_solve
 
 __all__ = ["sddmm_op", "solve_op", "spmm_op"]
 

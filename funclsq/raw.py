@@ -2,21 +2,15 @@
 
     x = G^+ (A^H W c + g),   G = A^H W A + diag(d2),   s = A x - c.
 
-A *plan* is what is static about a solve: structure, settings, what is known of the rank. The
-method prepared for given values (a factorisation, above all) is kept by content: the same
+The method prepared for given values (a factorisation, above all) is kept by content: the same
 pattern with equal values finds it again, in torch or from a JAX callback, under every
 transform. Nothing is keyed on identity, so nothing can be stale.
 """
 
 from __future__ import annotations
 
-import collections
-import dataclasses
 import functools
-import itertools
 import math
-import threading
-import weakref
 from typing import Any
 
 import torch
@@ -25,25 +19,21 @@ from torch import Tensor
 from funclsq import kept
 from funclsq.extent import extent, finite, largest
 from funclsq.info import INFO, report, residual_norms, table
-from funclsq.kept import Entry, Key
+from funclsq.kept import Entry
 from funclsq.lost_digits import recovered
 from funclsq.methods import registry
-from funclsq.methods._protocol import Options, Prepared, Raw
+from funclsq.methods._protocol import Prepared, Raw
 from funclsq.methods.auto import PreparedAuto
 from funclsq.operators import Operator
+from funclsq.plan import Plan
 from funclsq.range import column_range, exponent, extreme, power, representable, shifted, within
 from funclsq.solution import Status
 from funclsq.spare import copied, is_large
 
-__all__ = ["INFO", "NotFiniteError", "Plan", "clear_cache", "raw_solve", "solver_calls"]
+__all__ = ["INFO", "NotFiniteError", "clear_cache", "raw_solve", "solver_calls"]
 
-_PLANS = 32
 _REFINED = ("auto", "cholesky", "qr", "svd", "lsmr", "lsqr", "cgls")  # to working precision
 
-_lock = threading.RLock()
-_counter = itertools.count(1)
-_plans: collections.OrderedDict[Any, Plan] = collections.OrderedDict()
-_by_handle: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
 _made = 0
 
 clear_cache = kept.clear
@@ -51,85 +41,6 @@ clear_cache = kept.clear
 
 class NotFiniteError(ValueError):
     """NaN or Inf where there may be none, or a negative weight."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
-    """The static part of a solve.
-
-    Parameters
-    ----------
-    structure : SparseStructure, DenseStructure or MatrixFreeStructure
-        What A is.
-    options : Options
-        Solver and settings.
-    full_rank : bool
-        A is known to have full column rank (by the user's word).
-    damped : bool
-        damp > 0 everywhere is known statically.
-    on_failure : {"warn", "raise", "ignore"}
-        What an unconverged solve does.
-    check_finite : bool
-        Whether NaN and Inf in the input are errors.
-    residuals : bool
-        Whether anybody reads the residual norms; if not, they are computed for a failure only.
-    differentiated : bool
-        Whether derivatives are likely to follow: a method that is chosen may be another one.
-    """
-
-    structure: Any
-    options: Options
-    full_rank: bool = False
-    damped: bool = False
-    on_failure: str = "warn"
-    check_finite: bool = True
-    residuals: bool = True
-    differentiated: bool = False
-    handle: int = dataclasses.field(default_factory=lambda: next(_counter), compare=False)
-
-    @property
-    def nonsingular(self) -> bool:
-        """Whether G is known to be invertible before anything is computed."""
-        return self.full_rank or self.damped
-
-    @functools.cached_property
-    def key(self) -> Key:
-        """What a prepared method depends on besides values."""
-        return Key(self.structure, self.options, self.full_rank)
-
-    def with_derivatives(self) -> Plan:
-        """Return the same plan, derivatives to follow."""
-        return self if self.differentiated else Plan.of(*self.__reduce__()[1][:-1], True)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        fields = [f.name for f in dataclasses.fields(self) if f.name != "handle"]
-        return Plan.of, tuple(getattr(self, name) for name in fields)
-
-    @classmethod
-    def of(cls, *args: Any) -> Plan:
-        """Return the one plan with this content."""
-        with _lock:
-            plan = _plans.get(args)
-            if plan is None:
-                plan = cls(*args)
-                _plans[args] = plan
-                _by_handle[plan.handle] = plan
-                while len(_plans) > _PLANS:
-                    _plans.popitem(last=False)
-            else:
-                _plans.move_to_end(args)
-            return plan
-
-
-def plan_of_handle(handle: int) -> Plan:
-    """Return the live plan with this handle."""
-    plan = _by_handle.get(handle)
-    if plan is None:
-        raise RuntimeError(
-            "funclsq: the sparsity pattern of a traced solve no longer exists. Keep the "
-            "SparsityPattern (or the matrix) alive as long as the traced function."
-        )
-    return plan
 
 
 def solver_calls() -> int:

@@ -14,7 +14,7 @@ import torch.autograd.forward_ad as fwAD
 from funclsq.methods._protocol import Options
 from funclsq.operators import DenseStructure, SparseStructure
 from funclsq.pattern import SparsityPattern, pattern_of_handle
-from funclsq.raw import Plan
+from funclsq.plan import Plan
 
 __all__ = ["traced_plan", "traced_structure"]
 

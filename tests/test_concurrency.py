@@ -21,7 +21,7 @@ import torch
 import torch.utils.data
 
 import funclsq as fl
-from funclsq import kept, raw
+from funclsq import kept, plan, raw
 
 THREADS = 16
 
@@ -267,7 +267,7 @@ def test_caches_are_bounded():
         fl.lstsq(fl.Sparse(S, values), b)
         fl.lstsq(fl.Sparse(S, values.expand(i % 9 + 1, -1)), b)
     assert len(kept._recent) <= 16
-    assert len(raw._plans) <= 32
+    assert len(plan._plans) <= 32
     S = patterns[-1]
     for i in range(1, 20):
         values = torch.ones(i, S.nnz, dtype=torch.float64)

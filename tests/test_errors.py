@@ -12,7 +12,7 @@ import scipy.sparse
 import torch
 
 import funclsq as fl
-from funclsq import raw
+from funclsq import plan
 from funclsq.methods._protocol import Options
 from funclsq.raw import solver_calls
 from funclsq.settings import settings
@@ -474,7 +474,7 @@ def test_the_finiteness_check_can_be_switched_off():
 
 def test_a_pattern_that_was_freed_is_told():
     with pytest.raises(RuntimeError, match=r"no longer exists.*Keep the SparsityPattern"):
-        raw.plan_of_handle(-1)
+        plan.plan_of_handle(-1)
 
 
 def test_jax_arrays_are_sent_to_the_jax_interface():

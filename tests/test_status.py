@@ -12,7 +12,8 @@ import funclsq as fl
 from funclsq.info import residual_norms
 from funclsq.methods._protocol import Options
 from funclsq.operators import DenseOp, DenseStructure
-from funclsq.raw import Plan, raw_solve
+from funclsq.plan import Plan
+from funclsq.raw import raw_solve
 from funclsq.solution import describe
 
 F64 = torch.float64

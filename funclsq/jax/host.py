@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from funclsq.errors import ConvergenceWarning
+from funclsq.plan import Plan
 from funclsq.precision import WIDE
-from funclsq.raw import NotFiniteError, Plan, raw_solve
+from funclsq.raw import NotFiniteError, raw_solve
 from funclsq.solution import Status
 
 __all__ = ["HostSolve"]

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funclsq.methods._blocks import Adjoint, even_damping, padded, units, worse
 from funclsq.methods._extended_cg import ExtendedCg
 from funclsq.methods._progress import reporter
 from funclsq.methods._protocol import Options, Raw
@@ -98,7 +99,7 @@ class PreparedKrylov:
             self._full = None  # not known yet
         self._probed = False
         self.undecided = False  # the probe for the rank was cut short
-        self._damp = _even(damp, self._column_norms) if damped and op.shape[0] < n else None
+        self._damp = even_damping(damp, self._column_norms) if damped and op.shape[0] < n else None
         self._scaled: dict[str, tuple[Any, Tensor | None]] = {}
         self.cond: Tensor | None = None
 
@@ -233,10 +234,10 @@ class PreparedKrylov:
     def _definite(self, c: Tensor | None, g: Tensor | None) -> tuple[Answer, Tensor, Tensor]:
         """Solve with column scaling; returns the answer for unit right-hand sides, unit, and x."""
         op, scale = self._operator(self._scaling())
-        c = None if c is None else _pad(c, op.shape[0])
+        c = None if c is None else padded(c, op.shape[0])
         if g is not None and scale is not None:
             g = g * scale.unsqueeze(-1)
-        unit = _unit(*(t for t in (c, g) if t is not None))
+        unit = units(*(t for t in (c, g) if t is not None))
         answer = self._run(
             op, scale, None if c is None else c / unit, None if g is None else g / unit
         )
@@ -253,10 +254,10 @@ class PreparedKrylov:
         op, scale = self._operator("damping")
         size = op.damp[..., :1]
         m, n = op.op.shape
-        stacked = StackedOp(_Adjoint(op.op), size.expand(*size.shape[:-1], m))
+        stacked = StackedOp(Adjoint(op.op), size.expand(*size.shape[:-1], m))
         g = g if scale is None else g * scale.unsqueeze(-1)
-        unit = _unit(g)
-        answer = self._run(stacked, None, _pad(g / unit, m + n), None)
+        unit = units(g)
+        answer = self._run(stacked, None, padded(g / unit, m + n), None)
         z = (g / unit - op.op.rmv(answer.x)) / size.unsqueeze(-1) ** 2
         z = z if scale is None else z * scale.unsqueeze(-1)
         return answer, answer.x * unit, z * unit
@@ -266,20 +267,20 @@ class PreparedKrylov:
         first = None
         if g is not None:
             first, y = self._adjoint_least_norm(g)
-            c = y if c is None else _pad(c, y.shape[-2]) + y
+            c = y if c is None else padded(c, y.shape[-2]) + y
         assert c is not None
         op, scale = self._operator("one")
-        c = _pad(c, op.shape[0])
-        unit = _unit(c)
+        c = padded(c, op.shape[0])
+        unit = units(c)
         answer = self._run(op, scale, c / unit, None)
         x = answer.x if scale is None else answer.x * scale.unsqueeze(-1)
-        return (answer if first is None else _worse(first, answer)), x * unit
+        return (answer if first is None else worse(first, answer)), x * unit
 
     def _adjoint_least_norm(self, g: Tensor) -> tuple[Answer, Tensor]:
         """Solve min ||B^H y - g|| for the y of least norm."""
         op, scale = self._operator("one")
-        unit = _unit(g)
-        answer = self._run(_Adjoint(op), None, g / unit, None)
+        unit = units(g)
+        answer = self._run(Adjoint(op), None, g / unit, None)
         y = answer.x * unit
         return answer, y if scale is None else y * scale[..., :1].unsqueeze(-1)
 
@@ -378,50 +379,3 @@ class PreparedKrylov:
                 found = (self._system.scaled(col=scale), scale)
             self._scaled[kind] = found
         return found
-
-
-class _Adjoint:
-    """A^H as an operator."""
-
-    def __init__(self, op: Any) -> None:
-        self.op, self.batch = op, op.batch
-        self.shape = (op.shape[1], op.shape[0])
-        self.dtype, self.device = op.dtype, op.device
-        self.mv, self.rmv = op.rmv, op.mv
-
-
-def _even(damp: Tensor | None, norms: Tensor | None) -> Tensor | None:
-    """The damping if columns can be scaled by it, or need not be, being one number."""
-    if damp is None or norms is None:
-        return damp if damp is not None and bool((damp == damp[..., :1]).all()) else None
-    return damp if bool(torch.isfinite(norms / damp).all()) else None
-
-
-def _pad(c: Tensor, rows: int) -> Tensor:
-    """Append the zero rows of [c; 0]."""
-    missing = rows - c.shape[-2]
-    if missing == 0:
-        return c
-    return torch.cat((c, c.new_zeros((*c.shape[:-2], missing, c.shape[-1]))), -2)
-
-
-def _unit(*blocks: Tensor) -> Tensor:
-    """Give each column a power of 2 about its largest entry, so that no norm overflows."""
-    like = blocks[0]
-    top = torch.zeros(
-        (*like.shape[:-2], 1, like.shape[-1]), dtype=like.real.dtype, device=like.device
-    )
-    for block in blocks:
-        if block.shape[-2]:
-            top = torch.maximum(top, block.abs().amax(-2, keepdim=True))
-    exponent = torch.frexp(top)[1].clamp(-1000, 1000)
-    unit = torch.ldexp(torch.ones_like(top), exponent)
-    return torch.where((top > 0) & top.isfinite() & (unit > 0), unit, torch.ones_like(top))
-
-
-def _worse(first: Answer, second: Answer) -> Answer:
-    """Status of two solves in a row: the first failure counts, and the steps add up."""
-    failed = first.status > 5
-    second.status[failed] = first.status[failed]
-    second.iterations = second.iterations + first.iterations
-    return second

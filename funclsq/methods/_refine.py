@@ -54,7 +54,6 @@ def refine(
     eps : float
         Unit roundoff to reach.
     """
-
     r: Tensor | None = None  # its memory is used again: that of new blocks costs as much as B x
 
     def residual(x: Tensor | None) -> Tensor:
