@@ -36,14 +36,17 @@ def _seeds() -> None:
     np.random.seed(0)  # noqa: NPY002
 
 
-@pytest.fixture
-def x64():
-    """Run a test with 64-bit JAX, and leave JAX as it was."""
+def _wide_jax():
+    """64-bit JAX, and JAX left as it was."""
     jax = pytest.importorskip("jax")
     before = jax.config.jax_enable_x64
     jax.config.update("jax_enable_x64", True)
     yield jax
     jax.config.update("jax_enable_x64", before)
+
+
+x64 = pytest.fixture(_wide_jax)
+x64_module = pytest.fixture(scope="module")(_wide_jax)
 
 
 @pytest.fixture(scope="session")

@@ -17,13 +17,7 @@ from jax_common import assert_close, compiled, draw, full_pattern
 import funclsq.jax as flj
 from funclsq.jax.primitive import solve_p
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _x64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+pytestmark = pytest.mark.usefixtures("x64_module")
 
 
 CASES = {

@@ -16,13 +16,7 @@ from funclsq.jax.structures import Static
 from funclsq.methods._protocol import Options
 from funclsq.raw import INFO
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _x64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+pytestmark = pytest.mark.usefixtures("x64_module")
 
 
 def _draw(seed, *shape, dtype=complex):

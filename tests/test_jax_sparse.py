@@ -14,17 +14,11 @@ import funclsq.jax as flj
 
 eqx = pytest.importorskip("equinox")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _x64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+pytestmark = pytest.mark.usefixtures("x64_module")
 
 
 @pytest.fixture(scope="module")
-def entries(_x64):
+def entries(x64_module):
     rng = np.random.default_rng(3)
     m, n = 7, 4
     row, col = np.nonzero(rng.random((m, n)) < 0.6)

@@ -21,13 +21,7 @@ import funclsq.jax as flj
 
 eqx = pytest.importorskip("equinox")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _x64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+pytestmark = pytest.mark.usefixtures("x64_module")
 
 
 PROBLEMS = {

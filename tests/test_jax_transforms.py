@@ -13,13 +13,7 @@ from funclsq.raw import solver_calls
 
 M, N = 6, 3
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _x64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+pytestmark = pytest.mark.usefixtures("x64_module")
 
 
 def h_ours(v, b):
@@ -31,7 +25,7 @@ def h_oracle(v, b):
 
 
 @pytest.fixture(scope="module")
-def vb(_x64):
+def vb(x64_module):
     rng = np.random.default_rng(0)
     return draw(rng, M * N), draw(rng, M)
 
