@@ -99,7 +99,13 @@ AREAS = {
         ("test_operators.py", "test_structure.py"),
     ),
     "bridge": Area(
-        {"jax.primitive": (), "jax.vmap_rules": (), "jax.products": (), "jax.convert": ()},
+        {
+            "jax.primitive": (),
+            "jax.vmap_rules": (),
+            "jax.nullspace": (),
+            "jax.products": (),
+            "jax.convert": (),
+        },
         (
             "test_jax_rules.py",
             "test_jax_convert.py",

@@ -71,7 +71,7 @@ def test_calls_outside_jit_do_not_retrace(x64, monkeypatch):
     [
         ({"x"}, lambda A, b: flj.lstsq(A, b)),
         ({"x", "info"}, lambda A, b: flj.solve(A, b).x),
-        ({"x", "s", "info", "deficient"}, jax.value_and_grad(lambda A, b: flj.lstsq(A, b).sum())),
+        ({"x", "s", "deficient"}, jax.value_and_grad(lambda A, b: flj.lstsq(A, b).sum())),
     ],
     ids=["lstsq", "solve", "value_and_grad"],
 )

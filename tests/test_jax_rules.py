@@ -6,13 +6,17 @@ import pytest
 
 jax = pytest.importorskip("jax")
 
+import jax.numpy as jnp
 import numpy as np
+from jax_common import assert_close
 
 import funclsq as fl
 import funclsq.jax as flj
+from funclsq.jax.nullspace import null_part
 from funclsq.jax.primitive import Operands, Problem, S
-from funclsq.jax.products import mv, rmv, sddmm
+from funclsq.jax.products import fan, mv, rmv, sddmm
 from funclsq.jax.structures import Static
+from funclsq.jax.term import ADJOINT, FORWARD
 from funclsq.methods._protocol import Options
 from funclsq.raw import INFO
 
@@ -131,6 +135,87 @@ def test_batches_of_products(kind, axes):
     _close(twice(np.stack([args[0], args[0] * 3]), args[1]), np.stack([want, 3 * want]))
 
 
+SEVERAL = (-FORWARD, ADJOINT, FORWARD, -ADJOINT)
+
+
+def _several(a, *blocks):
+    return fan(PATTERN, a, blocks, SEVERAL)
+
+
+def _several_dense(a, *blocks):
+    A = jnp.zeros((5, 3), a.dtype).at[PATTERN.row, PATTERN.col].add(a)
+    v, u, w, y = blocks
+    return [-A @ v, A.conj().T @ u, A @ w, -A.conj().T @ y]
+
+
+def _several_drawn(seed, dtype, batch=()):
+    shapes = [(6,), (3, 2), (5, 1), (3, 1), (5, 2)]
+    return [
+        jnp.asarray(_draw(10 * seed + i, *batch, *s, dtype=dtype)) for i, s in enumerate(shapes)
+    ]
+
+
+@pytest.mark.parametrize("moving", [(0,), (1, 4), (0, 1, 2, 3, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [float, complex])
+def test_several_products_at_once(dtype, moving):
+    """A fan and the sampled products of its derivative, to second order."""
+    args, steps, others = (_several_drawn(seed, dtype) for seed in range(3))
+    chosen, steps, others = (tuple(t[i] for i in moving) for t in (args, steps, others))
+
+    def derivatives(f):
+        def g(*some):
+            return f(*(dict(enumerate(args)) | dict(zip(moving, some))).values())
+
+        out, pull = jax.vjp(g, *chosen)
+        k = [jnp.cos(t) for t in out]
+        k[-1] = jnp.zeros_like(k[-1])
+
+        def pulled(*some):
+            return jax.vjp(g, *some)[1](k)
+
+        return {
+            "value": out,
+            "jvp": jax.jvp(g, chosen, steps)[1],
+            "vjp": pull(k),
+            "one of them": jax.vjp(lambda *some: g(*some)[1], *chosen)[1](k[1]),
+            "forward twice": jax.jvp(lambda *t: jax.jvp(g, t, steps)[1], chosen, others)[1],
+            "forward over reverse": jax.jvp(pulled, chosen, steps)[1],
+            "reverse twice": jax.vjp(lambda k: pull(k), k)[1](steps),
+            "reverse over reverse": jax.vjp(pulled, *chosen)[1](steps),
+        }
+
+    assert_close(derivatives(_several), derivatives(_several_dense))
+
+
+@pytest.mark.parametrize("axes", [(None, 0, None, 1, 0), (0, None, 0, 1, None), (0,) * 5], ids=str)
+def test_batches_of_several_products(axes):
+    members = _several_drawn(0, complex, (4,))
+    args = [t[0] if d is None else jnp.moveaxis(t, 0, d) for t, d in zip(members, axes)]
+    want = jax.vmap(_several_dense, axes)(*args)
+    assert_close(jax.vmap(_several, axes)(*args), want)
+    pulled = lambda f: lambda *t: jax.vjp(f, *t)[1]([jnp.sin(y) for y in f(*t)])  # noqa: E731
+    got, want = (jax.vmap(pulled(f), axes)(*args) for f in (_several, _several_dense))
+    assert_close(got, want)
+    nested = [jax.vmap(jax.vmap(f, axes), (0, *(None,) * 4)) for f in (_several, _several_dense)]
+    args[0] = jnp.stack([args[0], 2 * args[0]])
+    assert_close(*(f(*args) for f in nested))
+
+
+def test_a_sampled_product_of_zeros_does_not_look_at_the_rest():
+    """Where the rules multiply by zeros, what they are multiplied with may not be finite."""
+    a, *blocks = _several_drawn(0, float)
+    k = [jnp.zeros((5, 2)), jnp.ones((3, 1)), jnp.zeros((5, 1)), jnp.zeros((3, 2))]
+    blocks[0] = blocks[0] * jnp.nan
+    lazy = lambda a: fan(PATTERN, a, blocks, SEVERAL, lazy=True)  # noqa: E731
+    (got,) = jax.vjp(lazy, a)[1](k)
+    _close(got, _sddmm(np.asarray(blocks[1]), np.asarray(k[1])))
+    none = [jnp.zeros_like(t) for t in k]
+    assert not np.any(jax.vjp(lazy, a)[1](none)[0])
+    zeros = [jnp.zeros_like(t) for t in blocks]
+    got = fan(PATTERN, a * jnp.nan, zeros, SEVERAL, lazy=True)
+    assert not any(np.any(t) for t in got)
+
+
 # ---------------------------------------------------------------------------------------------
 # Solves.
 
@@ -217,6 +302,59 @@ def test_first_and_second_derivatives_of_a_solve(name):
     _close(jax.jvp(lambda *a: jax.jvp(f, a, steps)[1], args, steps)[1], want, **loose)
     for second in (jax.jvp(pulled, args, steps)[1], jax.vjp(pulled, *args)[1](steps)):
         _close(sum(map(_inner, second, steps)), _inner(k, want), **loose)
+
+
+def test_second_derivatives_with_a_row_of_weight_zero():
+    """Also in that weight, which the residual of a row without weight decides."""
+    args = [_draw(i, *s, dtype=float) for i, s in enumerate([(M, 2), (2, N), (M,), (M,), (N,)])]
+    args[3] = np.array([1.0, 0.0, 2.0, 0.5, 1.5, 0.8])
+    args = tuple(args)
+    steps = tuple(_draw(10 + i, *t.shape, dtype=float) for i, t in enumerate(args))
+    f = _deficient(float)[0]
+
+    def oracle(L, R, b, w, x0):
+        H = L.T * w
+        z = np.linalg.solve(H @ L, H @ (b - L @ (R @ x0)))
+        return x0 + R.T @ np.linalg.solve(R @ R.T, z)
+
+    def slope(*args):
+        return _difference(oracle, args, steps, 1e-3)
+
+    want = _difference(slope, args, steps, 1e-3)
+    got = jax.jvp(lambda *a: jax.jvp(f, a, steps)[1], args, steps)[1]
+    _close(got, want, rtol=1e-5, atol=1e-5)
+
+
+NULLS = {"a": 0, "w": 1, "d2": 0, "g": 2, "gate": 0}
+
+
+@pytest.mark.parametrize("mapped", ["", "g", "gate", "a gate", "w g", "a w d2 g gate"])
+def test_what_a_solve_cannot_see(mapped):
+    members, names = _members(3), mapped.split()
+    problem = Problem(Static(WHOLE), Options(solver="svd"))
+
+    def part(a, w, d2, g, gate):
+        return null_part(problem, Operands((a,), (), w, d2, None, g, gate))
+
+    def plain(a, w, d2, g, gate):
+        A = a.reshape(M, N)
+        G = A.conj().T @ (w[:, None] * A) + np.diag(d2)
+        return gate * (g - np.linalg.pinv(G, rcond=1e-9) @ (G @ g))
+
+    axes = tuple(axis if name in names else None for name, axis in NULLS.items())
+    chosen = [members[name] for name in NULLS]
+    args = [t[0] if d is None else np.moveaxis(t, 0, d) for t, d in zip(chosen, axes)]
+    every = [np.stack([t[0]] * 3) if d is None else t for t, d in zip(chosen, axes)]
+    want = np.stack([plain(*one) for one in zip(*every)])
+    batched = jax.vmap(part, axes) if names else part
+
+    def f(v):
+        return batched(*args[:3], v, args[4])
+
+    _close(f(args[3]), want if names else want[0], rtol=1e-8, atol=1e-9)
+    step, k = _draw(7, *args[3].shape), _draw(8, *f(args[3]).shape)
+    _close(jax.jvp(f, (args[3],), (step,))[1], f(step))
+    _close(_inner(jax.vjp(f, args[3])[1](k)[0], step), _inner(k, f(step)))
 
 
 # Values, weights, damping squared, c, g and the gate: the axis that a batch of it lies on.

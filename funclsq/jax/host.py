@@ -15,7 +15,7 @@ from funclsq.precision import WIDE
 from funclsq.raw import NotFiniteError, raw_solve
 from funclsq.solution import Status
 
-__all__ = ["HostSolve"]
+__all__ = ["HostNull", "HostSolve"]
 
 
 class HostSolve:
@@ -57,11 +57,7 @@ class HostSolve:
         if gate is not None and not bool(gate.any()):
             self._skip(outputs)
             return
-        params, aux = tuple(inputs[: self._params]), inputs[self._params : self._aux]
-        structure, params = problem.structure.host(params, aux)
-        if self._wide:
-            params = tuple(map(_widen, params))
-            w, d2, c, g = map(_widen, (w, d2, c, g))
+        structure, params, w, d2, c, g = self._operands(inputs, w, d2, c, g)
         plan, (need_x, need_s), bad = self._plan_for(structure), self._needs, None
         primary, check = problem.primary, problem.check_finite
         try:
@@ -89,11 +85,51 @@ class HostSolve:
         if bad is not None:
             _spoil(problem, bad.expand(info.shape[:-1]), out)
 
+    def _operands(self, inputs, *optional):
+        """Torch structure, its parameters, and (w, d2, c, g), in the dtype of the computation."""
+        params, aux = tuple(inputs[: self._params]), inputs[self._params : self._aux]
+        structure, params = self._problem.structure.host(params, aux)
+        if self._wide:
+            params, optional = tuple(map(_widen, params)), map(_widen, optional)
+        return structure, params, *optional
+
     def _skip(self, outputs: Any) -> None:
         for name, t in zip(self._problem.results, outputs):
             t.zero_()
             if name == "info":
                 t[..., 0] = int(Status.SKIPPED)
+
+
+class HostNull(HostSolve):
+    """N v of ``nullspace`` as a host function; v stands where the g of a solve would."""
+
+    def __call__(self, outputs: Any, inputs: Any) -> None:
+        """Project twice, unless the gate says that nothing would be left."""
+        (out,) = outputs
+        w, d2, _, v, gate = [None if i is None else inputs[i] for i in self._slots]
+        if not bool(gate.any()):
+            out.zero_()
+            return
+        structure, params, w, d2, _, v = self._operands(inputs, w, d2, None, v)
+        bad = None
+        try:
+            found = self._project(structure, params, w, d2, v, gate, self._problem.check_finite)
+        except NotFiniteError:
+            params, w, d2, _, v, bad = _repair(structure, params, w, d2, None, v)
+            found = self._project(structure, params, w, d2, v, gate, False)
+        out.copy_(found)
+        if bad is not None:
+            out.masked_fill_(bad.unsqueeze(-2), torch.nan)
+        if gate.ndim:
+            out.masked_fill_((gate == 0)[:, None, None], 0.0)
+
+    def _project(self, structure, params, w, d2, v, gate, check):
+        plan, op = self._plan_for(structure), structure.bind(params)
+        for _ in range(2):
+            g = None if d2 is None else d2.unsqueeze(-1) * v
+            away = raw_solve(plan, params, w, d2, op.mv(v), g, gate, False, True, check, False)[0]
+            v = v - away
+        return v
 
 
 def _on_failure(problem: Any) -> str:

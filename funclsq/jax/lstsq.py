@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import funclsq.jax.vmap_rules  # noqa: F401 - registers the rules
 from funclsq.errors import ConvergenceError, ConvergenceWarning
 from funclsq.jax.inputs import Call, canonical
 from funclsq.jax.primitive import Operands, S

@@ -62,13 +62,13 @@ class Function:
         """A^H u."""
         return self._block(self._adjoint, self.shape[1], params, aux, u)
 
-    def mv_dot(self, params, params_dot, aux, v):
-        """A_dot v."""
-        return jax.jvp(lambda p: self.mv(p, aux, v), (params,), (params_dot,))[1]
+    def fan_dot(self, params, params_dot, aux, blocks, terms):
+        """+-A_dot v or +-A_dot^H u for each block, as its term says."""
 
-    def rmv_dot(self, params, params_dot, aux, u):
-        """A_dot^H u."""
-        return jax.jvp(lambda p: self.rmv(p, aux, u), (params,), (params_dot,))[1]
+        def fan(p):
+            return [term.product(self, p, aux, t) for t, term in zip(blocks, terms)]
+
+        return jax.jvp(fan, (params,), (params_dot,))[1]
 
     def solve(self, problem, ops):
         """Solve by LSMR on B = [W^(1/2) A; D]: x = B^+ ([W^(1/2) c; 0] + (B^H)^+ g)."""

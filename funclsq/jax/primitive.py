@@ -7,12 +7,11 @@ It is linear in (c, g). Its tangent (derivation in ``funclsq.derivatives``), wit
 n_g = (I - P) g, u = G^+ x, v = dA^H W A u and P = G^+ G, is
 
     dx = S(dc - dA x,  dg + dA^H W r + A^H dW r - dD2 x + T(dA n_g)).x + (I - P) v
-       = S(dc - dA x - A v,  dg + dA^H W r + A^H dW r - dD2 x + T(dA n_g) - D2 v).x + v,
 
-the second line because P v = G^+ (A^H W A v + D2 v) is itself a value of S; ds is the s of that
-solve. So there is one
-solve that depends on tangents, and its transpose, S(-, k) again, is the one adjoint solve of
-reverse mode. T(dA n_g) and u vanish where G is invertible; they are *gated*: S given a ``gate``
+and ds the s of that solve, since W A (I - P) = 0. So there is one solve that depends on tangents,
+and its transpose, S(-, k) again, is the one adjoint solve of reverse mode; and the products with
+dA are one operation, so that its transpose is one too.
+T(dA n_g), u and (I - P) v vanish where G is invertible; they are *gated*: S given a ``gate``
 operand (the ``deficient`` of the problem, 0 or 1) returns zeros without a solve where it is 0, so
 the rules are the same whether or not A is deficient, under ``jit`` and ``vmap`` too.
 
@@ -21,96 +20,29 @@ A problem names the ``results`` that somebody reads: each costs a buffer and a c
 Transpose, for cotangents (k, k_s), without conjugation as JAX wants it: let
 (z, az) = S(-; conj(k) + A^H conj(k_s)); then g_bar = conj(z) and c_bar = conj(W az) - k_s.
 
-Its rules for ``vmap`` are in ``vmap_rules``.
+Its rules for ``vmap`` are in ``vmap_rules``, (I - P) v in ``nullspace``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import ad, mlir
+from jax.interpreters import ad, batching, mlir
 
 from funclsq.jax.bridge import host_call
 from funclsq.jax.host import HostSolve
-from funclsq.jax.rules import abstract, eager, no_tangent, vary
-from funclsq.methods._protocol import Options
+from funclsq.jax.nullspace import null_part
+from funclsq.jax.problem import RESULTS, Operands, Problem, S, core_ndims, solve_p
+from funclsq.jax.rules import abstract, eager, given, no_tangent
+from funclsq.jax.term import ADJOINT, FORWARD
+from funclsq.jax.vmap_rules import batch
 from funclsq.raw import INFO
 
-__all__ = ["RESULTS", "Operands", "Problem", "S", "core_ndims", "solve_p"]
-
-RESULTS = ("x", "s", "info", "deficient")
-
-solve_p = Primitive("funclsq_lstsq")
-solve_p.multiple_results = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """What is static about a solve."""
-
-    structure: Any
-    options: Options
-    full_rank: bool = False  # A is known to have full column rank
-    damped: bool = False  # damp > 0 is known
-    on_failure: str = "ignore"
-    check_finite: bool = True
-    compute_dtype: str | None = None
-    how: str = "buffer_callback"
-    residuals: bool = True  # somebody may read the residual norms
-    primary: bool = False  # the solve that was asked for, not one that a derivative needs
-    results: tuple[str, ...] = RESULTS
-
-    @property
-    def nonsingular(self) -> bool:
-        """Whether G is known to be invertible before anything is computed."""
-        return self.full_rank or self.damped
-
-
-class Operands(NamedTuple):
-    """What a solve depends on; absent ones are None."""
-
-    params: tuple[Any, ...]
-    aux: tuple[Any, ...]
-    w: Any = None
-    d2: Any = None
-    c: Any = None
-    g: Any = None
-    gate: Any = None
-
-    def flatten(self) -> tuple[list[Any], tuple[bool, ...]]:
-        """Present operands in order, and which of the optional five are present."""
-        optional = self[2:]
-        has = tuple(t is not None for t in optional)
-        return [*self.params, *self.aux, *(t for t in optional if t is not None)], has
-
-    @classmethod
-    def unflatten(cls, structure: Any, has: tuple[bool, ...], flat: Any) -> Operands:
-        """Inverse of :meth:`flatten`."""
-        a = len(structure.param_ndims)
-        b = a + len(structure.aux_ndims)
-        rest = iter(flat[b:])
-        optional = (next(rest) if present else None for present in has)
-        return cls(tuple(flat[:a]), tuple(flat[a:b]), *optional)
-
-
-def S(problem: Problem, operands: Operands, *results: str) -> Any:
-    """Apply the primitive; the results named (by default those of the problem), one bare."""
-    if results:
-        problem = dataclasses.replace(problem, results=results)
-    flat, has = operands.flatten()
-    out = solve_p.bind(*vary(flat), problem=problem, has=has)
-    return out[0] if len(results) == 1 else tuple(out)
-
-
-def core_ndims(structure: Any, has: tuple[bool, ...]) -> list[int]:
-    """Dimensions of the operands present, without a batch."""
-    optional = (d for d, present in zip((1, 1, 2, 2, 0), has) if present)
-    return [*structure.param_ndims, *structure.aux_ndims, *optional]
+__all__ = ["RESULTS", "Operands", "Problem", "S", "solve_p"]
 
 
 def _results(flat, problem, has):
@@ -164,10 +96,6 @@ def _rows(w: Any, t: Any) -> Any:
     return t if w is None else w[..., None] * t
 
 
-def _given(dot: Any) -> bool:
-    return dot is not None and not isinstance(dot, ad.Zero)
-
-
 def _sum(terms: list[Any]) -> Any:
     return functools.reduce(lambda a, b: a + b, terms) if terms else None
 
@@ -176,51 +104,52 @@ def _jvp(primals, tangents, *, problem, has):
     A = problem.structure
     ops = Operands.unflatten(A, has, primals)
     dots = Operands.unflatten(A, has, tangents)
-    every = x, s, _, deficient = S(problem, ops, *RESULTS)
-    out = [every[RESULTS.index(name)] for name in problem.results]
+    wanted = {"x", "s", *problem.results, *(() if problem.nonsingular else ("deficient",))}
+    names = tuple(name for name in RESULTS if name in wanted)
+    found = dict(zip(names, S(problem, ops, *names)))
+    x, s, deficient = found["x"], found["s"], found.get("deficient")
+    out = [found[name] for name in problem.results]
     still = [no_tangent(t) for t in out]
     derived = dataclasses.replace(problem, primary=False)
     params, aux, w, d2, _, g, gate = ops
-    top, bottom, outside, share = [], [], [], []
-    if any(map(_given, dots.params)):
+    top, bottom, null, share = [], [], None, []
+    if any(map(given, dots.params)):
         params_dot = tuple(map(ad.instantiate_zeros, dots.params))
-        top.append(-A.mv_dot(params, params_dot, aux, x))
-        bottom.append(-A.rmv_dot(params, params_dot, aux, _rows(w, s)))
+        blocks, terms = [x, _rows(w, s)], [-FORWARD, -ADJOINT]
         if not problem.nonsingular:
             solve = functools.partial(_gated, derived, ops, deficient)
+            blocks.append(_rows(w, solve("s", g=x)))
+            terms.append(ADJOINT)
             if g is not None:
                 n_g = g - A.rmv(params, aux, _rows(w, s)) - (0 if d2 is None else _rows(d2, x))
-                n_g = jnp.where(deficient[..., None, None] > 0, n_g, 0)
-                bottom.append(solve("x", c=A.mv_dot(params, params_dot, aux, n_g)))
-            au = solve("s", g=x)
-            v = A.rmv_dot(params, params_dot, aux, _rows(w, au))
-            # One projection leaves eps cond^2 |v| of the range behind; the main solve makes
-            # the second.
-            image = A.mv(params, aux, v)
-            v = v - solve("x", c=image, g=None if d2 is None else _rows(d2, v))
-            top.append(-A.mv(params, aux, v))
-            if d2 is not None:
-                bottom.append(-_rows(d2, v))
-            outside.append(v)
-    if _given(dots.c):
+                blocks.append(jnp.where(deficient[..., None, None] > 0, n_g, 0))
+                terms.append(FORWARD)
+        c_dot, g_dot, *rest = A.fan_dot(params, params_dot, aux, blocks, terms)
+        top.append(c_dot)
+        bottom.append(g_dot)
+        if rest:
+            null = null_part(derived, ops._replace(c=None, g=rest[0], gate=deficient))
+        if rest[1:]:
+            bottom.append(solve("x", c=rest[1]))
+    if given(dots.c):
         top.append(dots.c)
-    if _given(dots.g):
+    if given(dots.g):
         bottom.append(dots.g)
-    if _given(dots.w):
+    if given(dots.w):
         bottom.append(-A.rmv(params, aux, _rows(dots.w, s)))
-    if _given(dots.d2):
-        share, rest = _damping_tangent(A, d2, dots.d2, g, x, s)
+    if given(dots.d2):
+        share, g_dot = _damping_tangent(A, d2, dots.d2, g, x, s)
         top.extend(share)
-        bottom.append(rest)
+        bottom.append(g_dot)
     if not top and not bottom:
         return out, still
-    names = [name for name in ("x", "s") if name in problem.results]
+    names = tuple(name for name in ("x", "s") if name in problem.results)
     if not names:
         return out, still
     rhs = Operands(params, aux, w, d2, _sum(top), _sum(bottom), gate)
-    moved = dict(zip(names, S(dataclasses.replace(derived, results=tuple(names)), rhs)))
-    if "x" in moved:
-        moved["x"] = _sum([moved["x"], *outside])
+    moved = dict(zip(names, S(dataclasses.replace(derived, results=names), rhs)))
+    if null is not None and "x" in moved:
+        moved["x"] = moved["x"] + null
     if "s" in moved:
         moved["s"] = _sum([moved["s"], *share])
     return out, [moved.get(name, zero) for name, zero in zip(problem.results, still)]
@@ -253,14 +182,14 @@ def _transpose(cts, *flat, problem, has):
     linear = [ad.is_undefined_primal(t) for t in flat]
     k, k_s = (dict(zip(problem.results, cts)).get(name) for name in ("x", "s"))
     bars: dict[str, Any] = {}
-    if _given(k) or _given(k_s):
+    if given(k) or given(k_s):
         params, aux, w, d2, c, g, gate = ops
-        gk_s = k_s if gate is None or not _given(k_s) else gate[..., None, None] * k_s
-        terms = [jnp.conj(k)] if _given(k) else []
+        gk_s = k_s if gate is None or not given(k_s) else gate[..., None, None] * k_s
+        terms = [jnp.conj(k)] if given(k) else []
         first = None
-        if _given(k_s) and _cancelling(A, w, d2):
+        if given(k_s) and _cancelling(A, w, d2):
             first = jnp.conj(k_s)
-        elif _given(k_s):
+        elif given(k_s):
             terms.append(A.rmv(params, aux, jnp.conj(k_s)))
         names = [n for n, t in (("x", g), ("s", c)) if ad.is_undefined_primal(t)]
         adjoint = Operands(params, aux, w, d2, first, _sum(terms), gate)
@@ -268,7 +197,7 @@ def _transpose(cts, *flat, problem, has):
         z, az = (dict(zip(names, found)).get(name) for name in ("x", "s"))
         if az is not None:
             waz = jnp.conj(_rows(w, az))
-            bars["c"] = _reduce(waz - gk_s if _given(k_s) and first is None else waz, c.aval)
+            bars["c"] = _reduce(waz - gk_s if given(k_s) and first is None else waz, c.aval)
         if z is not None:
             bars["g"] = _reduce(jnp.conj(z), g.aval)
     flat_bars = _named(A, has, bars)
@@ -296,3 +225,4 @@ def _reduce(bar: Any, aval: Any) -> Any:
 
 
 ad.primitive_transposes[solve_p] = _transpose
+batching.primitive_batchers[solve_p] = batch

@@ -11,7 +11,7 @@ from jax.core import ShapedArray
 from jax.interpreters import ad
 from jax.sharding import NamedSharding, PartitionSpec
 
-__all__ = ["abstract", "eager", "no_tangent", "vary"]
+__all__ = ["abstract", "eager", "given", "no_tangent", "vary"]
 
 
 def eager(primitive: Any) -> Callable[..., Any]:
@@ -46,6 +46,11 @@ def _varying(aval: Any) -> frozenset[Any]:
     kind = getattr(aval, "mat", None)
     axes = getattr(aval, "vma", None) if kind is None else kind.varying
     return frozenset(axes or ())
+
+
+def given(dot: Any) -> bool:
+    """Whether a tangent or cotangent is there and not a symbolic zero."""
+    return dot is not None and not isinstance(dot, ad.Zero)
 
 
 def no_tangent(value: Any) -> ad.Zero:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from funclsq.jax import products
+from funclsq.jax.term import ADJOINT, FORWARD
 from funclsq.operators import DenseStructure, SparseStructure
 from funclsq.pattern import SparsityPattern
 
@@ -50,15 +51,10 @@ class Bilinear:
         """A^H u."""
         raise NotImplementedError
 
-    def mv_dot(self, params, params_dot, aux, v):
-        """A_dot v."""
+    def fan_dot(self, params, params_dot, aux, blocks, terms):
+        """+-A_dot v or +-A_dot^H u for each block, as its term says."""
         del params
-        return self.mv(params_dot, aux, v)
-
-    def rmv_dot(self, params, params_dot, aux, u):
-        """A_dot^H u."""
-        del params
-        return self.rmv(params_dot, aux, u)
+        return [term.product(self, params_dot, aux, t) for t, term in zip(blocks, terms)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +100,17 @@ class Static(Bilinear):
     def mv(self, params, aux, v):
         """A v."""
         del aux
-        return products.mv(self.pattern, params[0], v, lazy=True)
+        return products.fan(self.pattern, params[0], (v,), (FORWARD,), lazy=True)[0]
 
     def rmv(self, params, aux, u):
         """A^H u."""
         del aux
-        return products.rmv(self.pattern, params[0], u, lazy=True)
+        return products.fan(self.pattern, params[0], (u,), (ADJOINT,), lazy=True)[0]
+
+    def fan_dot(self, params, params_dot, aux, blocks, terms):
+        """+-A_dot v or +-A_dot^H u for each block, in one host call."""
+        del params, aux
+        return products.fan(self.pattern, params_dot[0], blocks, terms, lazy=True)
 
     def host(self, params, aux):
         """Structure and parameters for the torch core."""

@@ -2,7 +2,6 @@
 
 Over c and g alone it appends columns (one problem, one solve); over anything else it gives the
 operands a leading batch dimension. Index operands that differ by member are solved one by one.
-Importing this file registers the rules.
 """
 
 from __future__ import annotations
@@ -11,14 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters import batching
 
-from funclsq.jax.primitive import Operands, S, core_ndims, solve_p
+from funclsq.jax.problem import Operands, S, core_ndims, solve_p
 
-__all__: list[str] = []
+__all__ = ["batch"]
 
 
-def _batch(args, dims, *, problem, has):
+def batch(args, dims, *, problem, has):
+    """Solve for every member of a batch, as the rules of JAX want it."""
     A = problem.structure
     size = next(t.shape[d] for t, d in zip(args, dims) if d is not None)
     held = Operands.unflatten(A, has, dims)
@@ -115,6 +114,3 @@ def _more_members(size, args, dims, problem, has):
     if inner is not None:
         out = [t.reshape(size, inner, *t.shape[1:]) for t in out]
     return out, (0,) * len(out)
-
-
-batching.primitive_batchers[solve_p] = _batch
