@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funclsq.errors import ConvergenceError, ConvergenceWarning
+from funclsq.jax.devices import one_device
 from funclsq.jax.inputs import Call, canonical
 from funclsq.jax.primitive import Operands, S
 from funclsq.settings import settings
@@ -112,7 +113,8 @@ def lstsq(
     call, arrays = canonical(
         "lstsq", A, b, damp, weights, x0, opts, on_failure, check_finite, compute_dtype
     )
-    x, info = _run(call, arrays)
+    with one_device("lstsq", arrays):
+        x, info = _run(call, arrays)
     return _report(call, "lstsq", on_failure, x, info)
 
 
@@ -154,7 +156,8 @@ def solve(
     call, arrays = canonical(
         "solve", A, b, damp, weights, x0, opts, on_failure, check_finite, compute_dtype
     )
-    x, info = _run(call, arrays)
+    with one_device("solve", arrays):
+        x, info = _run(call, arrays)
     x = _report(call, "solve", on_failure, x, info)
     return Solution(**dict(zip(LEAVES, (x, *info))), reason=f"solver={opts.solver!r}")
 
