@@ -357,6 +357,28 @@ def test_what_a_solve_cannot_see(mapped):
     _close(_inner(jax.vjp(f, args[3])[1](k)[0], step), _inner(k, f(step)))
 
 
+def test_a_member_that_is_not_finite_spoils_its_own_gradient_only():
+    A = _draw(0, 3, 5, 2, dtype=float) @ _draw(1, 3, 2, 4, dtype=float)
+    b = jnp.asarray(_draw(2, 3, 5, 1, dtype=float))
+    gradient = jax.grad(lambda A: jnp.sin(flj.lstsq(A, b, on_failure="ignore")).sum())
+    want = jax.grad(lambda A: jnp.sin(jnp.linalg.pinv(A, rtol=1e-9) @ b).sum())(jnp.asarray(A))
+    got = gradient(jnp.asarray(A).at[1, 2, 3].set(np.nan))
+    assert np.isnan(got[1]).all()
+    _close(got[0], want[0])
+    _close(got[2], want[2])
+
+
+def test_gradients_in_double_precision_of_a_single_precision_problem():
+    A = jnp.asarray(_draw(0, 5, 2, dtype=float) @ _draw(1, 2, 4, dtype=float), jnp.float32)
+    b = jnp.asarray(_draw(2, 5, dtype=float), jnp.float32)
+    same = {"rcond": 1e-5, "solver": "svd"}
+    double = lambda A: jnp.sin(flj.lstsq(A, b, compute_dtype="float64", **same)).sum()  # noqa: E731
+    wide = lambda A: jnp.sin(flj.lstsq(A, b.astype(float), **same)).sum()  # noqa: E731
+    got, want = jax.grad(double)(A), jax.grad(wide)(A.astype(float))
+    assert got.dtype == np.float32
+    _close(got, want, rtol=0, atol=2e-7 * float(jnp.abs(want).max()))
+
+
 # Values, weights, damping squared, c, g and the gate: the axis that a batch of it lies on.
 OPERANDS = {"a": 0, "w": 1, "d2": 0, "c": 2, "g": 1, "gate": 0}
 MAPPED = [

@@ -90,7 +90,7 @@ class HostSolve:
         params, aux = tuple(inputs[: self._params]), inputs[self._params : self._aux]
         structure, params = self._problem.structure.host(params, aux)
         if self._wide:
-            params, optional = tuple(map(_widen, params)), map(_widen, optional)
+            params, optional = tuple(map(_widen, params)), tuple(map(_widen, optional))
         return structure, params, *optional
 
     def _skip(self, outputs: Any) -> None:
@@ -107,6 +107,7 @@ class HostNull(HostSolve):
         """Project twice, unless the gate says that nothing would be left."""
         (out,) = outputs
         w, d2, _, v, gate = [None if i is None else inputs[i] for i in self._slots]
+        assert gate is not None
         if not bool(gate.any()):
             out.zero_()
             return

@@ -107,7 +107,8 @@ def _jvp(primals, tangents, *, problem, has):
     wanted = {"x", "s", *problem.results, *(() if problem.nonsingular else ("deficient",))}
     names = tuple(name for name in RESULTS if name in wanted)
     found = dict(zip(names, S(problem, ops, *names)))
-    x, s, deficient = found["x"], found["s"], found.get("deficient")
+    x, s = found["x"], found["s"]
+    deficient: Any = found.get("deficient")
     out = [found[name] for name in problem.results]
     still = [no_tangent(t) for t in out]
     derived = dataclasses.replace(problem, primary=False)

@@ -209,12 +209,12 @@ sddmm_p.def_impl(eager(sddmm_p))
 
 
 def _sddmm_host(pattern, minus, lazy, outputs, inputs):
-    (out,), pairs = outputs, zip(inputs[::2], inputs[1::2])
+    (out,) = outputs
     if out.numel() == 0:
         return
     pairs = [
         (u, v.conj().neg() if negative else v.conj())
-        for (u, v), negative in zip(pairs, minus)
+        for u, v, negative in zip(inputs[::2], inputs[1::2], minus)
         if not (lazy and (largest(u) == 0 or largest(v) == 0))
     ]
     if not pairs:
