@@ -12,16 +12,11 @@ it. Ends with status 1 if an unexplained one survived.
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import os
 import random
 import re
-import resource
-import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -29,10 +24,15 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import mpmath  # noqa: F401  what a forked process need not import again
+import pytest
+import torch._dynamo  # noqa: F401
+from mutant_trials import Trials
 from mutation_operators import Mutant, mutants
 
-PACKAGE = HERE.parent / "funclsq"
-MEMORY = 12 << 30
+ROOT = HERE.parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,29 +140,8 @@ EQUIVALENT: dict[str, str] = {
 }
 
 
-class _Changed(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
-    """Imports modules of funclsq from texts."""
-
-    def __init__(self, sources: dict[str, str]) -> None:
-        self.sources = {f"funclsq.{name}": text for name, text in sources.items()}
-
-    def find_spec(self, name, path=None, target=None):
-        if name in self.sources:
-            return importlib.util.spec_from_loader(name, self, origin=self.get_filename(name))
-        return None
-
-    def get_filename(self, name):
-        return str(_path(name.removeprefix("funclsq.")))
-
-    def get_data(self, path):
-        return next(t.encode() for n, t in self.sources.items() if self.get_filename(n) == path)
-
-    def get_source(self, name):
-        return self.sources[name]
-
-
 def _path(name: str) -> Path:
-    return PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
+    return (ROOT / "funclsq").joinpath(*name.split(".")).with_suffix(".py")
 
 
 def drawn(area: Area) -> Iterator[tuple[str, Mutant]]:
@@ -172,61 +151,49 @@ def drawn(area: Area) -> Iterator[tuple[str, Mutant]]:
             yield name, mutant
 
 
-def judged(area: Area, sources: dict[str, str], limit: float) -> int:
-    """0 if the tests of an area pass with these sources, in a process of their own."""
-    child = os.fork()
-    if child == 0:
-        _judge(area, sources, limit)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def _judge(area: Area, sources: dict[str, str], limit: float) -> None:
-    import pytest
-
-    try:
-        signal.alarm(max(1, int(limit)))  # kills the process: a mutant that hangs is noticed
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        sys.meta_path.insert(0, _Changed(sources))
-        where = [str(HERE / test) for test in area.tests]
-        plain = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
-        code = int(pytest.main([*where, *plain, "--rootdir", str(HERE.parent)]))
-    except BaseException:
-        code = 1
-    os._exit(code)
-
-
-def run(name: str, sample: int | None, seed: int) -> list[str]:
+def run(
+    name: str, sample: int | None, seed: int, only: str | None = None, verbose: bool = False
+) -> list[str]:
     """Run an area, print its score, and return what survived without a reason."""
     area = AREAS[name]
     chosen = list(drawn(area))
     whole = len(chosen)
-    if sample is not None and sample < whole:
+    if only is not None:
+        chosen = [(module, mutant) for module, mutant in chosen if re.search(only, mutant.place)]
+    if sample is not None and sample < len(chosen):
         chosen = random.Random(seed).sample(chosen, sample)
-    start = time.monotonic()
-    # read and written as the mutants are, so that nothing but the mistake is noticed in them
-    same = {m: ast.unparse(ast.parse(_path(m).read_text(encoding="utf-8"))) for m in area.files}
-    if judged(area, same, 600):
-        raise SystemExit(f"{name}: the tests fail on the source as it is")
-    limit = 30 + 4 * (time.monotonic() - start)
-    killed, late, known, unexplained = 0, 0, 0, []
-    for module, mutant in chosen:
-        code = judged(area, {module: mutant.source()}, limit)
-        if code:
-            killed += 1
-            late += code == -signal.SIGALRM
-        elif any(part in re.sub(r":\d+ ", " ", mutant.place) for part in EQUIVALENT):
-            known += 1
-        else:
-            unexplained.append(mutant.place)
-            print(f"  survived: {mutant.place}", flush=True)
-    print(
-        f"{name}: {killed} of {len(chosen) - known} killed ({late} by their time; {known} cannot "
-        f"be seen; {whole} in all), {time.monotonic() - start:.0f} s",
-        flush=True,
-    )
+    unexplained: list[str] = []
+
+    def work(trials: Trials) -> None:
+        print(f"{name}: {len(trials.items)} tests in {trials.whole:.0f} s", flush=True)
+        start = time.monotonic()
+        killed, late, crashed, known = 0, 0, 0, 0
+        for module, mutant in chosen:
+            verdict = trials.judge(_path(module), mutant.tree(), mutant.first, mutant.last)
+            if verdict.test is not None:
+                killed += 1
+                late += verdict.late
+                crashed += verdict.crashed
+                if verbose:
+                    print(f"  killed: {mutant.place}\n    by {verdict.test}", flush=True)
+            elif any(part in re.sub(r":\d+ ", " ", mutant.place) for part in EQUIVALENT):
+                known += 1
+            else:
+                unexplained.append(mutant.place)
+                print(f"  survived: {mutant.place}", flush=True)
+        print(
+            f"{name}: {killed} of {len(chosen) - known} killed ({late} by their time, {crashed} by "
+            f"a crash; {known} cannot be seen; {whole} in all), {time.monotonic() - start:.0f} s",
+            flush=True,
+        )
+
+    trials = Trials([_path(module) for module in area.files], work)
+    where = [str(HERE / test) for test in area.tests]
+    plain = ["-qq", "-s", "--no-header", "--no-summary", "-m", "not slow", "--rootdir", str(ROOT)]
+    plain += ["-p", "no:cacheprovider", "-p", "no:xdist"]
+    code = pytest.main([*where, *plain], plugins=[trials])
+    if code:
+        raise SystemExit(f"{name}: pytest ended with {code!r}")
     return unexplained
 
 
@@ -236,21 +203,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("areas", nargs="*", metavar="AREA", help=f"of {', '.join(AREAS)}")
     parser.add_argument("--sample", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", metavar="REGEX", help="those whose description matches")
+    parser.add_argument("--verbose", action="store_true", help="say which test kills each")
     options = parser.parse_args(arguments)
     unknown = set(options.areas) - set(AREAS)
     if unknown:
         parser.error(f"no such area: {', '.join(sorted(unknown))}")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # What a forked process need not import again; not funclsq, of which it imports a mutant.
-    import mpmath  # noqa: F401
-    import pytest  # noqa: F401
-    import torch
-    import torch._dynamo
-
-    torch.set_num_threads(1)
-    assert "funclsq" not in sys.modules
     names = options.areas or list(AREAS)
-    return 1 if sum(len(run(name, options.sample, options.seed)) for name in names) else 0
+    if len(names) == 1:
+        return bool(run(names[0], options.sample, options.seed, options.only, options.verbose))
+    rest = [f"--{k}={v}" for k, v in vars(options).items() if k in ("sample", "seed", "only") and v]
+    command = [sys.executable, "-m", "tests.mutants", *rest, *["--verbose"] * options.verbose]
+    return max(subprocess.run([*command, name], cwd=ROOT, check=False).returncode for name in names)
 
 
 if __name__ == "__main__":

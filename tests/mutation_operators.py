@@ -33,10 +33,12 @@ _COMPARED = {ast.Lt: ast.GtE, ast.LtE: ast.Gt, ast.Gt: ast.LtE, ast.GtE: ast.Lt}
 
 
 class Mutant(NamedTuple):
-    """What is changed where, and the changed source when it is asked for."""
+    """What is changed, in which lines, and the changed source when it is asked for."""
 
     place: str
-    source: Callable[[], str]
+    first: int
+    last: int
+    tree: Callable[[], ast.Module]
 
 
 def mutants(text: str, name: str, functions: tuple[str, ...] = ()) -> Iterator[Mutant]:
@@ -51,14 +53,15 @@ def mutants(text: str, name: str, functions: tuple[str, ...] = ()) -> Iterator[M
             continue
         for kind, _ in _variants(node):
             place = f"{name}.{where}:{node.lineno} {kind}: {ast.unparse(node)[:60]}"
-            yield Mutant(place, functools.partial(_changed, text, number, kind))
+            changed = functools.partial(_changed, text, number, kind)
+            yield Mutant(place, node.lineno, node.end_lineno, changed)
 
 
-def _changed(text: str, number: int, kind: str) -> str:
+def _changed(text: str, number: int, kind: str) -> ast.Module:
     tree = ast.parse(text)
     target = next(t for i, t in enumerate(ast.walk(tree)) if i == number)
     new = next(v for k, v in _variants(target) if k == kind)
-    return ast.unparse(ast.fix_missing_locations(_Replace(target, new).visit(tree)))
+    return ast.fix_missing_locations(_Replace(target, new).visit(tree))
 
 
 def _owners(tree: ast.AST) -> dict[int, str]:

@@ -1,0 +1,196 @@
+"""Trials of changed sources: which tests execute a line, and which of them fails on a change.
+
+The tests are collected once, on the source as it is. Everything after runs in forked processes:
+
+- all tests one after the other: they must pass, and the time of each is taken;
+- each test alone, under a line trace: the lines that it executes, whatever others have cached;
+- one trial for each change: the functions that differ get their changed code, and the tests that
+  execute the changed lines run until one fails, those first that promise most for their time. All
+  run where none is seen to execute them, as on threads that Python does not know.
+"""
+
+from __future__ import annotations
+
+import ast
+import gc
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import types
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+MEMORY = 12 << 30
+
+
+class Verdict(NamedTuple):
+    """The test that failed, if one did, and whether its time or a crash ended it."""
+
+    test: str | None
+    late: bool = False
+    crashed: bool = False
+
+
+class Trials:
+    """A pytest plugin that judges changes instead of running tests.
+
+    Parameters
+    ----------
+    files : list of Path
+        The files that changes are made in.
+    work : callable
+        Called with this object once the tests are known to pass.
+    """
+
+    def __init__(self, files: list[Path], work: Callable[[Trials], None]) -> None:
+        self.files, self.work = files, work
+        self.kills: Counter[str] = Counter()
+        self.whole = 0.0
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """Take the times and the lines of the tests, and go to work."""
+        if session.testsfailed:
+            raise pytest.UsageError("the tests cannot be collected")
+        self.session = session
+        self.items = {item.nodeid: item for item in session.items}
+        self.functions = _functions({str(f) for f in self.files})
+        start = time.monotonic()
+        ended, self.seconds = self._forked(list(self.items), dict.fromkeys(self.items, 600.0))
+        self.whole = time.monotonic() - start
+        if ended.test is not None:
+            raise pytest.UsageError(f"fails on the source as it is: {ended.test}")
+        self.lines: dict[str, set[tuple[str, int]]] = {}
+        for name in self.items:
+            start = time.monotonic()
+            _, seen = self._forked([name], {name: 600.0}, traced=True)
+            self.lines[name] = {(file, line) for file, line in seen}
+            self.seconds[name] = max(self.seconds[name], (time.monotonic() - start) / 4)
+        self.work(self)
+        return True
+
+    def judge(self, file: Path, tree: ast.Module, first: int, last: int) -> Verdict:
+        """Try a file as this tree, which differs from it in these lines."""
+        place = {(str(file), line) for line in range(first, last + 1)}
+        names = [n for n, lines in self.lines.items() if lines & place] or list(self.items)
+        names.sort(key=lambda n: self.seconds[n] / (1 + self.kills[n]))
+        limits = {n: 10 + 10 * self.seconds[n] for n in names}
+        verdict, _ = self._forked(names, limits, change=(file, tree))
+        if verdict.test is not None:
+            self.kills[verdict.test] += 1
+        return verdict
+
+    def _forked(self, names, limits, traced=False, change=None):
+        """Run tests in a process of their own until one fails; what they told, and the verdict."""
+        read, write = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of JAX, which has not been started yet
+            child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.close(read)
+                with os.fdopen(write, "w") as out:
+                    self._child(out, names, limits, traced, change)
+                code = 0
+            finally:
+                os._exit(code)
+        os.close(write)
+        with os.fdopen(read) as stream:
+            told = [json.loads(line) for line in stream if line.endswith("\n")]
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if not told or (code == 1 and "failed" not in told[-1]):
+            raise pytest.UsageError("a trial could not be made")
+        seen = [tuple(pair) for t in told for pair in t.get("lines", ())]
+        times = {t["test"]: t["seconds"] for t in told if "seconds" in t}
+        verdict = Verdict(None)
+        if "failed" in told[-1]:
+            verdict = Verdict(told[-1]["failed"])
+        elif code:
+            verdict = Verdict(told[-1]["test"], code == -signal.SIGALRM, code != -signal.SIGALRM)
+        return verdict, seen if traced else times
+
+    def _child(self, out, names, limits, traced, change) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        if change is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+            self._change(*change)
+
+        def tell(**what) -> None:
+            out.write(json.dumps(what) + "\n")
+            out.flush()
+
+        lines: set[tuple[str, int]] = set()
+        for name, after in zip(names, [*names[1:], None], strict=True):
+            tell(test=name)
+            signal.alarm(int(limits[name]) + 1)  # ends the process
+            start = time.monotonic()
+            if traced:
+                sys.settrace(_tracer({str(f) for f in self.files}, lines))
+            item, following = self.items[name], self.items.get(after)
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            sys.settrace(None)
+            signal.alarm(0)
+            if self.session.testsfailed and not traced:
+                tell(failed=name)
+                return
+            tell(test=name, seconds=time.monotonic() - start)
+        if traced:
+            tell(test=names[-1], lines=sorted(lines))
+
+    def _change(self, file: Path, tree: ast.Module) -> None:
+        """Give the functions of a file the code of a tree."""
+        old = _codes(compile(file.read_text(encoding="utf-8"), str(file), "exec"))
+        new = _codes(compile(tree, str(file), "exec"))
+        changed = [key for key in old if key in self.functions and old[key] != new[key]]
+        if not changed:
+            raise RuntimeError("nothing is changed")
+        for key in changed:
+            for function in self.functions[key]:
+                function.__code__ = new[key]
+
+
+Place = tuple[str, str, int]
+
+
+def _place(code: types.CodeType) -> Place:
+    return code.co_filename, code.co_qualname, code.co_firstlineno
+
+
+def _codes(code: types.CodeType) -> dict[Place, types.CodeType]:
+    """The code of every function in this code, by its place."""
+    found = {_place(code): code}
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            found |= _codes(inner)
+    return found
+
+
+def _functions(files: set[str]) -> dict[Place, list[types.FunctionType]]:
+    """Every function that was made from these files, by the place of its code."""
+    found: dict[Place, list[types.FunctionType]] = {}
+    for thing in gc.get_objects():
+        if type(thing) is types.FunctionType and thing.__code__.co_filename in files:
+            found.setdefault(_place(thing.__code__), []).append(thing)
+    return found
+
+
+def _tracer(files, lines):
+    def local(frame, event, argument):
+        if event == "line":
+            lines.add((frame.f_code.co_filename, frame.f_lineno))
+        return local
+
+    def entered(frame, event, argument):
+        return local if frame.f_code.co_filename in files else None
+
+    return entered
