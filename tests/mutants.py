@@ -1,12 +1,13 @@
 """Mutants of the algebra: one small mistake each, and whether the tests of its area notice.
 
-    python -m tests.mutants                          every mutant of every area (hours)
-    python -m tests.mutants solvers --sample 50      50 of one area, drawn by --seed
+    python -m tests.mutants                          every mutant of every area (an hour)
+    python -m tests.mutants krylov --sample 50       50 of one area, drawn by --seed
+    python -m tests.mutants krylov --only stretch    those whose description matches
 
-Each mutant runs in a forked process, in which importing its module gives the changed source, and
-the tests of the area (under a minute of them) run until one fails. A mutant that no test notices
-survives: it is killed by a new test, or listed in EQUIVALENT with the reason why nothing can see
-it. Ends with status 1 if an unexplained one survived.
+The tests of an area take under a minute. A mutant is judged by those of them that execute its
+line, in a forked process, until one fails or is late. One that none of them notices survives: it
+is killed by a new test, or listed in EQUIVALENT with the reason why nothing can see it. Ends with
+status 1 if an unexplained one survived.
 """
 
 from __future__ import annotations
