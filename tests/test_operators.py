@@ -81,6 +81,33 @@ def test_column_norms_of_ordinary_numbers(dtype, sign):
     torch.testing.assert_close(op.column_norms(), want)
 
 
+@pytest.mark.parametrize("size", [1e-200, 1.0, 1e200])
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_column_norms_out_of_the_range_of_squares(kind, size):
+    op = _sparse(())
+    A = op.dense()  # no column of zeros, and zeros in every one
+    scaled = DenseOp(A * size) if kind == "dense" else SparseOp(op.pattern, op.csr_values * size)
+    want = torch.linalg.vector_norm(A, dim=0)
+    torch.testing.assert_close(scaled.column_norms() / size, want, rtol=1e-14, atol=0)
+
+
+def test_column_norms_of_many_entries_whose_squares_have_few_bits():
+    count, ulp = 12_000, 2.0**-149  # a sum of 700 of these each is a normal number
+    pattern = fl.SparsityPattern(torch.arange(count), torch.zeros(count, dtype=int), (count, 1))
+    values = torch.full((count,), (700.45 * ulp) ** 0.5, dtype=torch.float64).float()
+    got = SparseOp(pattern, values).column_norms().double()
+    torch.testing.assert_close(got, values[:1].double() * count**0.5, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["one", "batch"])
+@pytest.mark.parametrize("shape", [(0, N), (M, 0), (0, 0)])
+def test_column_norms_of_nothing(shape, batch):
+    norms = torch.zeros((*batch, shape[1]), dtype=torch.float64)
+    torch.testing.assert_close(DenseOp(_draw(*batch, *shape)).column_norms(), norms)
+    op = SparseOp(fl.SparsityPattern([], [], shape), _draw(*batch, 0))
+    torch.testing.assert_close(op.column_norms(), norms)
+
+
 @pytest.mark.parametrize("k", [0, 1, 7, 8, 9, 16, 21])
 @pytest.mark.parametrize("work", [1, 1 << 18])
 def test_products_in_blocks_of_columns(k, work, monkeypatch):

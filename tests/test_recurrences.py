@@ -62,6 +62,8 @@ def test_every_step_is_the_best_of_its_subspace(method, preconditioned, columns)
     # A^H c + g is A^H of this
     whole = b if g is None else b + np.linalg.pinv(A).conj().T @ g.numpy()
     directions = {"lsmr": "h", "lsqr": "w"}.get(method, "p")
+    _close(np.ravel(state.rnorm), np.linalg.norm(b, axis=0))
+    _close(np.ravel(state.arnorm), np.linalg.norm(C.conj().T @ whole, axis=0))
     stretches = []
     for step in range(1, STEPS + 1):
         v = getattr(state, directions).numpy()
