@@ -379,6 +379,19 @@ def test_gradients_in_double_precision_of_a_single_precision_problem():
     _close(got, want, rtol=0, atol=2e-7 * float(jnp.abs(want).max()))
 
 
+@pytest.mark.parametrize("damp", [1e-6, 0.0])
+def test_a_small_damping_of_a_wide_problem_loses_no_digits_of_the_derivative(damp):
+    A, b, k = _draw(0, N, M), _draw(1, N), _draw(2, M)
+    G = A @ A.conj().T + damp**2 * np.eye(N)
+    want = -2 * damp * A.conj().T @ np.linalg.solve(G, np.linalg.solve(G, b))
+
+    def f(damp):
+        return flj.lstsq(A, b, damp=damp, solver="svd")
+
+    _close(jax.jvp(f, (damp,), (1.0,))[1], want, rtol=1e-8)
+    _close(jax.vjp(f, damp)[1](k)[0], _inner(k, want), rtol=1e-8)
+
+
 # Values, weights, damping squared, c, g and the gate: the axis that a batch of it lies on.
 OPERANDS = {"a": 0, "w": 1, "d2": 0, "c": 2, "g": 1, "gate": 0}
 MAPPED = [
