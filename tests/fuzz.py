@@ -118,7 +118,7 @@ def check_solution(case: Case, sol: fl.Solution, given: list[Any]) -> None:
             assert abs(rnorm - true_rnorm) <= 0.01 * true_rnorm + 100 * lost * terms + floor * (
                 1 + size
             )
-        many = 20 * max(*B.shape, 1)  # what direct solvers hold themselves to
+        many = 20 * max(*A.shape, 1)
         s = _norm(B.conj().T @ r)
         bound = size * (many * lost * terms + floor * (1 + size))
         assert s <= bound, (

@@ -210,3 +210,19 @@ def test_a_tiny_operator_in_single_precision_neither_raises_nor_warns_of_numpy(e
         assert bool(torch.isfinite(sol.x).all())
     else:
         assert sol.message
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("smaller", [1e-2, 1e-4, 1e-6])
+def test_a_long_null_part_taken_off_leaves_no_residual(kind, smaller):
+    """Parallel columns of very different size: scaled, the minimiser has a long null part."""
+    rng = np.random.default_rng(4)
+    A = rng.standard_normal((9, 3)) + (1j * rng.standard_normal((9, 3)) if kind.is_complex else 0)
+    A[:, 2] = smaller * A[:, 0]
+    b = rng.standard_normal(9) + 0j
+    A, b = torch.from_numpy(A).to(kind), torch.from_numpy(b if kind.is_complex else b.real)
+    sol = fl.solve(fl.Sparse.from_torch(A.to_sparse()), b, solver="cholesky")
+    assert int(sol.rank) == 2
+    wide, x, c = (t.numpy().astype(np.clongdouble) for t in (A, sol.x, b))
+    left = np.linalg.norm((wide.conj().T @ (c - wide @ x)).astype(complex))
+    assert left <= 5e-16 * torch.linalg.matrix_norm(A) * torch.linalg.vector_norm(b)

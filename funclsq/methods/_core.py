@@ -145,12 +145,20 @@ class Core:
             g = scale * self.project(g)
         x, status, steps = refine(self.normal.B, self._rough, c, g, self.normal.eps)
         x = self.project(scale * x)
+        if self.null is not None:
+            # null vectors are so to rounding, which a long part of x along them brought into B x
+            x = x + self.project(scale * self._rough(self._residual(x, c, g)[1]))
         if self._doubtful(steps):
-            y = torch.where(scale > 0, x / scale, 0)
-            r = -self.normal.B.mv(y) if c is None else c - self.normal.B.mv(y)
-            s = self.normal.B.rmv(r) if g is None else self.normal.B.rmv(r) + g
+            y, s = self._residual(x, c, g)
             status = self._judged(status, s, c, g, y, 2)
         return self._checked(x, status, steps)
+
+    def _residual(self, x: Tensor, c: Tensor | None, g: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x in the scaled variables, and B^H (c - B x) + g."""
+        scale = self.normal.scale.unsqueeze(-1)
+        y = torch.where(scale > 0, x / scale, 0)
+        r = -self.normal.B.mv(y) if c is None else c - self.normal.B.mv(y)
+        return y, self.normal.B.rmv(r) if g is None else self.normal.B.rmv(r) + g
 
     def _doubtful(self, steps: Tensor) -> bool:
         """Whether the corrections' own verdict is not enough: they see what P sees."""
