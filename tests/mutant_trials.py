@@ -52,6 +52,7 @@ class Trials:
 
     def __init__(self, files: list[Path], work: Callable[[Trials], None]) -> None:
         self.files, self.work = files, work
+        self.tried: Counter[str] = Counter()
         self.kills: Counter[str] = Counter()
         self.whole = 0.0
 
@@ -62,6 +63,7 @@ class Trials:
         self.session = session
         self.items = {item.nodeid: item for item in session.items}
         self.functions = _functions({str(f) for f in self.files})
+        gc.freeze()  # what a forked process does not touch, it need not copy
         start = time.monotonic()
         ended, self.seconds = self._forked(list(self.items), dict.fromkeys(self.items, 600.0))
         self.whole = time.monotonic() - start
@@ -80,10 +82,13 @@ class Trials:
         """Try a file as this tree, which differs from it in these lines."""
         place = {(str(file), line) for line in range(first, last + 1)}
         names = [n for n, lines in self.lines.items() if lines & place] or list(self.items)
-        names.sort(key=lambda n: self.seconds[n] / (1 + self.kills[n]))
+        # by what a kill by each has cost so far, and would if the next trial were one
+        names.sort(key=lambda n: self.seconds[n] * (1 + self.tried[n]) / (1 + self.kills[n]))
         limits = {n: 10 + 10 * self.seconds[n] for n in names}
-        verdict, _ = self._forked(names, limits, change=(file, tree))
+        verdict, times = self._forked(names, limits, change=(file, tree))
+        self.tried.update(list(times))
         if verdict.test is not None:
+            self.tried[verdict.test] += 1
             self.kills[verdict.test] += 1
         return verdict
 
