@@ -193,8 +193,8 @@ def run(
 
     trials = Trials([_path(module) for module in area.files], work)
     where = [str(HERE / test) for test in area.tests]
-    plain = "-qq -s --no-header --no-summary --tb=no -p no:cacheprovider -p no:xdist".split()
-    plain += ["-m", "not slow", "--rootdir", str(ROOT)]
+    plain = ["-qq", "-s", "--no-header", "--no-summary", "--tb=no", "--rootdir", str(ROOT)]
+    plain += ["-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
     code = pytest.main([*where, *plain], plugins=[trials])
     if code:
         raise SystemExit(f"{name}: pytest ended with {code!r}")
