@@ -29,7 +29,7 @@ from torch.utils.dlpack import from_dlpack
 
 from funclsq.errors import FunclsqWarning
 from funclsq.jax.host_primitive import bare_call, usable
-from funclsq.jax.settle import begin, end, lowered
+from funclsq.jax.settle import begun, closing, lowered, running
 
 try:
     from jax.experimental.buffer_callback import buffer_callback
@@ -113,16 +113,18 @@ def _run(host: Host, small: bool, targets: list[Tensor], views: list[Tensor]) ->
     Waking more threads costs more than they save there; the setting is this thread's own.
     """
     threads = torch.get_num_threads() if small else 1
-    alone = threads > 1
-    begin()
+    next(begun)
+    running.append(None)
     try:
-        if alone:
+        if closing:
+            raise RuntimeError("funclsq.jax: the interpreter is shutting down")
+        if threads > 1:
             torch.set_num_threads(1)
         host(targets, views)
     finally:
-        if alone:
+        if threads > 1:
             torch.set_num_threads(threads)
-        end()
+        running.pop()
 
 
 def _announce() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import warnings
 from typing import Any
 
@@ -37,7 +38,9 @@ class HostSolve:
         self._params = len(problem.structure.param_ndims)
         self._aux = self._params + len(problem.structure.aux_ndims)
         rank = itertools.count(self._aux)
-        self._slots = [next(rank) if present else None for present in has]
+        # (w, d2, c, g, gate) of the inputs followed by None
+        self._optional = operator.itemgetter(*(next(rank) if present else -1 for present in has))
+        self._fixed = None if self._aux > self._params else problem.structure.host((), ())[0]
         self._needs = ("x" in problem.results, "s" in problem.results)
         self._plan: Plan | None = None
         self._wide = problem.compute_dtype == "float64"
@@ -53,7 +56,7 @@ class HostSolve:
     def __call__(self, outputs: Any, inputs: Any) -> None:
         """Solve, from views of JAX's arrays to views of JAX's results."""
         problem = self._problem
-        w, d2, c, g, gate = [None if i is None else inputs[i] for i in self._slots]
+        w, d2, c, g, gate = self._optional([*inputs, None])
         if gate is not None and not bool(gate.any()):
             self._skip(outputs)
             return
@@ -87,8 +90,10 @@ class HostSolve:
 
     def _operands(self, inputs, *optional):
         """Torch structure, its parameters, and (w, d2, c, g), in the dtype of the computation."""
-        params, aux = tuple(inputs[: self._params]), inputs[self._params : self._aux]
-        structure, params = self._problem.structure.host(params, aux)
+        structure, params = self._fixed, tuple(inputs[: self._params])
+        if structure is None:
+            aux = inputs[self._params : self._aux]
+            structure, params = self._problem.structure.host(params, aux)
         if self._wide:
             params, optional = tuple(map(_widen, params)), tuple(map(_widen, optional))
         return structure, params, *optional
@@ -106,8 +111,7 @@ class HostNull(HostSolve):
     def __call__(self, outputs: Any, inputs: Any) -> None:
         """Project twice, unless the gate says that nothing would be left."""
         (out,) = outputs
-        w, d2, _, v, gate = [None if i is None else inputs[i] for i in self._slots]
-        assert gate is not None
+        w, d2, _, v, gate = self._optional([*inputs, None])
         if not bool(gate.any()):
             out.zero_()
             return

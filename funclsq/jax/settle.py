@@ -16,54 +16,41 @@ for a processor on a busy machine still counts as at work. Elsewhere, at process
 from __future__ import annotations
 
 import atexit
+import collections
 import contextlib
+import itertools
 import os
 import threading
 import time
 
 import jax
 
-__all__ = ["begin", "end", "lowered"]
+__all__ = ["begun", "closing", "lowered", "running"]
 
 _LIMIT = 10.0  # seconds that step 3 may take
 _STEP = 0.005  # seconds between two looks
 _LOOKS = 12  # looks in a row that must find nothing at work
 _TASKS = "/proc/self/task"
 
-_lock = threading.Lock()
-_begun = 0  # host calls made or lowered
-_running = 0  # host calls that have not returned
-_closing = False
+# A host call draws from ``begun``, puts an item into ``running``, only then looks at ``closing``
+# (and gives up in step 2); it takes the item out when it returns. Neither needs a lock.
+begun = itertools.count()
+running: collections.deque[None] = collections.deque()
+closing: list[bool] = []  # not empty in step 2
+_lowered = False
 
 
 def lowered() -> None:
     """Note that a program with a host call in it has been made."""
-    global _begun
-    _begun += 1
-
-
-def begin() -> None:
-    """Count a host call as running, to be followed by :func:`end`; refuse it in step 2."""
-    global _begun, _running
-    with _lock:
-        _begun += 1
-        if _closing:
-            raise RuntimeError("funclsq.jax: the interpreter is shutting down")
-        _running += 1
-
-
-def end() -> None:
-    """Count a host call as returned."""
-    global _running
-    with _lock:
-        _running -= 1
+    global _lowered
+    _lowered = True
+    next(begun)
 
 
 @atexit.register
 def settle() -> None:
     """Wait for the work that nobody awaited."""
-    global _closing
-    if not _begun:
+    if not _lowered:
         return
     with contextlib.suppress(Exception):  # an error of a computation is its owner's business
         jax.effects_barrier()
@@ -71,24 +58,24 @@ def settle() -> None:
         with contextlib.suppress(Exception):
             if not array.is_deleted():
                 array.block_until_ready()
-    _closing = True
+    closing.append(True)
     try:
         _wait()
     finally:
-        _closing = False  # exit handlers that run later may solve, and await what they get
+        closing.clear()  # exit handlers that run later may solve, and await what they get
 
 
 def _wait() -> None:
     stop = time.monotonic() + _LIMIT
     quiet = 0
     while quiet < _LOOKS and time.monotonic() < stop:
-        before, used = _begun, time.process_time()
+        before, used = next(begun), time.process_time()
         time.sleep(_STEP)
         busy = _runtime_at_work()
         if busy is None:  # unknown here: judge by processor time, over ten times as long
             time.sleep(9 * _STEP)
             busy = time.process_time() - used > _STEP
-        quiet = 0 if busy or _running or _begun != before else quiet + 1
+        quiet = 0 if busy or running or next(begun) != before + 1 else quiet + 1
 
 
 def _runtime_at_work() -> bool | None:

@@ -10,6 +10,7 @@ jnp.linalg.lstsq.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -19,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from jax.experimental.buffer_callback import buffer_callback
 
 import funclsq as fl
 import funclsq.jax as flj
 from funclsq import raw
 from funclsq.jax import host
+from funclsq.jax.host_primitive import bare_call
 
 jax.config.update("jax_enable_x64", True)
 
@@ -44,75 +45,96 @@ def median(f, repeats, warm=3):
     return float(np.median(times))
 
 
-BLOCK = 50
-
-
 def overhead(repeats=1500):
-    """Time of a jitted call beyond the torch solve inside it, small problem, new values each time.
+    """Microseconds of a jitted call beyond the torch solve inside it, small problem, new values.
 
-    The same raw solve is called from Python on torch tensors of the same data. Measured in turns
-    (each call once, so each finds the caches full of what another left there), in blocks of 50
-    calls of one kind, as a loop has them, and with the solve replaced by an answer at hand.
+    A loop of such calls, the solve timed inside each; then loops of each of the other things, and
+    of the jitted call and the same solve made from Python, in turns. Differences are taken call by
+    call. JAX's own share is a jitted host call that does nothing, after a solve that has filled
+    the caches as ours has; last the jitted call with its solve replaced by an answer at hand.
     """
     rng = np.random.default_rng(0)
     pattern = fl.SparsityPattern(*np.nonzero(rng.random((60, 10)) < 0.4), (60, 10))
     data = [(rng.standard_normal(pattern.nnz), rng.standard_normal(60)) for _ in range(repeats)]
-    f = jax.jit(lambda v, b: flj.lstsq(flj.Sparse(pattern, v), b))
+    in_torch = [tuple(map(torch.from_numpy, pair)) for pair in data]
+    in_jax = [tuple(map(jnp.asarray, pair)) for pair in data]
     result = [jax.ShapeDtypeStruct((10, 1), jnp.float64)]
-    nothing = jax.jit(lambda v, b: buffer_callback(lambda *_: None, result)(v, b[:, None])[0][:, 0])
-    plan, settings, found = solve_inside(f, *map(jnp.asarray, data[0]))
-    calls = {
-        "jitted call": lambda v, b: f(v, b).block_until_ready(),
-        "the torch solve alone": lambda v, b: raw.raw_solve(
-            plan, (v,), None, None, b, None, *settings
-        ),
-        "a callback that does nothing": lambda v, b: nothing(v, b).block_until_ready(),
+    f = jax.jit(lambda v, b: flj.lstsq(flj.Sparse(pattern, v), b))
+    nothing = jax.jit(lambda v, b: bare_call(lambda *_: (), result, (v, b[:, None]))[0][:, 0])
+    plan, settings, found = solve_inside(f, *in_jax[0])
+    solve, inside = host.raw_solve, []
+
+    def timed(*args):
+        start = clock()
+        out = solve(*args)
+        inside.append(clock() - start)
+        return out
+
+    def call(i):
+        f(*in_jax[i]).block_until_ready()
+
+    def same(i):
+        v, b = in_torch[i]
+        solve(plan, (v,), None, None, b.unsqueeze(1), None, *settings)
+
+    def jax_alone(i):
+        nothing(*in_jax[i]).block_until_ready()
+
+    def outside_jit(i):
+        v, b = in_jax[i]
+        flj.lstsq(flj.Sparse(pattern, v), b).block_until_ready()
+
+    def torch_call(i):
+        v, b = in_torch[i]
+        fl.lstsq(fl.Sparse(pattern, v), b)
+
+    with replaced_solve(timed):
+        (calls,) = in_turns(repeats, call)
+    inside = np.array(inside)
+    turns = in_turns(repeats, call, same)
+    columns = {
+        "jitted call": calls,
+        "the torch solve inside it": inside,
+        "jitted call beyond the torch solve inside it": calls - inside,
+        "a host call that does nothing, after a solve (JAX's own)": in_turns(
+            repeats, same, jax_alone
+        )[1],
+        "jitted call beyond the same solve called alone, in turns": turns[0] - turns[1],
+        "flj.lstsq outside jit": in_turns(repeats, outside_jit)[0],
+        "fl.lstsq in torch": in_turns(repeats, torch_call)[0],
     }
-    others = {
-        "fl.lstsq in torch": lambda v, b: fl.lstsq(fl.Sparse(pattern, v), b),
-        "flj.lstsq outside jit": lambda v, b: flj.lstsq(
-            flj.Sparse(pattern, v), b
-        ).block_until_ready(),
+    with replaced_solve(lambda *_: found):
+        columns["jitted call, an answer at hand for its solve"] = in_turns(repeats, call)[0]
+    return {
+        name: {
+            "median": 1e6 * np.median(t[20:]),
+            "10th percentile": 1e6 * np.percentile(t[20:], 10),
+        }
+        for name, t in columns.items()
     }
-    out = {}
-    for block in (1, BLOCK):
-        times = in_turns(calls if block > 1 else calls | others, data, block)
-        how = f"blocks of {block}" if block > 1 else "in turns"
-        out |= {f"{name}, {how}, us": float(np.median(t)) for name, t in times.items()}
-        beyond = times["jitted call"] - times["the torch solve alone"]
-        out[f"bridge beyond the torch solve, {how}, us"] = float(np.median(beyond))
-        low = [np.percentile(times[n], 5) for n in ("jitted call", "the torch solve alone")]
-        out[f"the same at the 5th percentiles, {how}, us"] = float(low[0] - low[1])
-    solve = host.raw_solve
-    host.raw_solve = lambda *_: found
-    try:
-        times = in_turns({"jitted call": calls["jitted call"]}, data, BLOCK)
-    finally:
-        host.raw_solve = solve
-    out["jitted call, its solve replaced by an answer at hand, us"] = float(
-        np.median(times["jitted call"])
-    )
-    return out
 
 
-def in_turns(calls, data, block):
-    """Microseconds per call, one entry per block of calls of one kind."""
-    times = {name: [] for name in calls}
-    for first in range(0, len(data) - block + 1, block):
-        some = data[first : first + block]
-        for name, call in calls.items():
-            operands = [tuple(map(torch.from_numpy, pair)) for pair in some]
-            if name == "the torch solve alone":
-                operands = [(v, b.unsqueeze(1)) for v, b in operands]
-            elif "torch" not in name:
-                operands = [tuple(map(jnp.asarray, pair)) for pair in some]
+def in_turns(repeats, *calls):
+    """Seconds of each call with the numbers 0, 1, ...; nothing is kept from the call before."""
+    times = np.empty((len(calls), repeats))
+    for i in range(repeats):
+        for row, call in zip(times, calls):
             raw.clear_cache()
             start = clock()
-            for pair in operands:
-                call(*pair)
-            times[name].append((clock() - start) / block)
-    warm = 20 if block == 1 else 2
-    return {name: 1e6 * np.array(t[warm:]) for name, t in times.items()}
+            call(i)
+            row[i] = clock() - start
+    return times
+
+
+@contextlib.contextmanager
+def replaced_solve(other):
+    """Let host calls run another solve."""
+    solve = host.raw_solve
+    host.raw_solve = other
+    try:
+        yield
+    finally:
+        host.raw_solve = solve
 
 
 def solve_inside(f, *operands):
@@ -124,11 +146,8 @@ def solve_inside(f, *operands):
         seen.append((plan, settings, solve(plan, params, w, d2, c, g, *settings)))
         return seen[-1][-1]
 
-    host.raw_solve = spy
-    try:
+    with replaced_solve(spy):
         f(*operands).block_until_ready()
-    finally:
-        host.raw_solve = solve
     return seen[0]
 
 
@@ -317,7 +336,7 @@ def main():
     if args.cpu:
         globals()["clock"] = time.process_time
     print("load averages", os.getloadavg(), "processor time" if args.cpu else "wall time")
-    tables = {"overhead": overhead(), "100 MB operand": passes()}
+    tables = {"a small jitted call, us": overhead(), "100 MB operand": passes()}
     for shape in ((1850, 712, 5), (20000, 2000, 10)):
         tables["{} x {}, {} per row".format(*shape)] = compare(*shape, args.repeats)
     for title, table in tables.items():
@@ -327,9 +346,9 @@ def main():
                 value = "  ".join(
                     f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items()
                 )
-                print(f"  {name:38s} {value}")
+                print(f"  {name:64s} {value}")
             else:
-                print(f"  {name:68s} {value:.4g}")
+                print(f"  {name:64s} {value:.4g}")
     if args.json:
         with open(args.json, "w") as stream:
             json.dump(tables, stream, indent=1)
