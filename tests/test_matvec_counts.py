@@ -40,9 +40,9 @@ def counts(monkeypatch):
         counts.products += X.shape[1]
         return csr_mm(matrix, X, out)
 
-    def counted_factor(self, shift=0.0):
+    def counted_factor(self, **how):
         counts.factors += 1
-        return factor(self, shift)
+        return factor(self, **how)
 
     def counted_solve(self, q):
         counts.solves += 1

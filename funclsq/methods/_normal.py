@@ -151,7 +151,7 @@ class Normal:
         """Factor N + shift I, the shift raised until every pivot is positive."""
         for _ in range(_SHIFTS):
             try:
-                self.factor(shift)
+                self.factor(shift=shift)
                 if self.positive():
                     return
             except NotPositive:
