@@ -182,3 +182,125 @@ def test_columns_too_short_to_count():
             np.testing.assert_allclose(x[kept, 0] * units, want, rtol=1e-12)
             if len(kept) == 2:
                 assert abs(x[1, 0]) < 1e-15
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["one", "batch"])
+@pytest.mark.parametrize("shape", [(9, 5), (5, 9), (80, 70)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(np.float64, 1.0), (np.complex128, 1e20), (np.float32, 1e-22)],
+    ids=["double", "complex large", "single tiny"],
+)
+def test_the_condition_that_qr_tells(dtype, size, shape, batch):
+    """In the Frobenius norm, of columns (rows, if wide) of length one, whatever they had."""
+    A = _draw(0, *batch, *shape, dtype=np.complex128)
+    A = A if dtype == np.complex128 else A.real
+    given = torch.from_numpy((A * size).astype(dtype))
+    prepared = qr.prepare(DenseOp(given), None, Options(), False)
+    columns = A if shape[0] >= shape[1] else _adjoint(A)
+    units = columns / np.linalg.norm(columns, axis=-2, keepdims=True)
+    inverse = np.linalg.norm(np.linalg.pinv(units), axis=(-2, -1))
+    want = np.linalg.norm(units, axis=(-2, -1)) * inverse
+    tolerance = 3e-3 if dtype == np.float32 else 1e-10
+    np.testing.assert_allclose(np.asarray(prepared.cond), want, rtol=tolerance)
+    if dtype != np.float32:  # small ones are looked at in the quick way
+        assert isinstance(prepared.cond, float) == (not batch and min(shape) <= qr.SMALL)
+
+
+@pytest.mark.parametrize("top", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("copies", [None, 2])
+@pytest.mark.parametrize(("ratio", "rank"), [(1.005, 3), (0.995, 2)])
+def test_which_columns_are_too_short_for_qr(ratio, rank, copies, top):
+    U = np.linalg.qr(_draw(0, 7, 3))[0] * np.array([1.0, 0.5, ratio * 1e-6]) * top
+    given = torch.from_numpy(U if copies is None else np.stack([U] * copies))
+    prepared = qr.prepare(DenseOp(given), None, Options(rcond=1e-6), False)
+    assert np.all(np.asarray(prepared.rank) == rank)
+
+
+def test_the_condition_of_a_small_factor_is_told_at_once_where_it_is_plain():
+    R = np.triu(_draw(0, 4, 4))
+    units = R / np.linalg.norm(R, axis=0)
+    want = 2 * np.linalg.norm(np.linalg.inv(units))
+    assert qr._plain_cond(torch.from_numpy(R), 1e-12) == pytest.approx(want, rel=1e-12)
+    for odd in (0.0, 1e-13, np.nan, np.inf):
+        column = R.copy()
+        column[:, 3] *= odd if np.isfinite(odd) else 1
+        column[1, 3] = column[1, 3] if np.isfinite(odd) else odd
+        assert qr._plain_cond(torch.from_numpy(column), 1e-12) is None
+    R[1] = R[2] = R[2, 2] = 0  # finite, and its inverse is not
+    R[1, 2], R[1, 3] = 1, 1
+    assert qr._plain_cond(torch.from_numpy(R), 1e-12) is None
+
+
+def test_what_is_far_below_rounding_is_left_out_of_qr():
+    tiny = np.finfo(float).eps ** 3
+    B = np.zeros((3, 4))
+    B[:, 0] = np.array([1.0, 1.005 * tiny, 0.995 * tiny]) * 1e3
+    B[1, 1], B[2, 2], B[:, 3] = 1.005e-3, 0.995e-3, [1.0, np.inf, 2.0]
+    want = B.copy()
+    want[2, 0] = want[2, 2] = 0
+    # beside infinity all is short, so that a column of it is judged alone
+    for columns in ([0, 1, 2], [3]):
+        got = qr._without_negligible(torch.from_numpy(B[:, columns]), 1e-6)
+        np.testing.assert_array_equal(got.numpy(), want[:, columns])
+
+
+@pytest.fixture
+def no_gesdd(monkeypatch):
+    """Divide and conquer fails, as it does on some matrices with subnormal numbers."""
+
+    def fails(*_, **__):
+        raise torch.linalg.LinAlgError("linalg.svd: the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", fails)
+
+
+def test_svd_in_the_patient_way_keeps_short_columns(no_gesdd):
+    sizes = np.array([1e10, 1.0, 1e-20])
+    A = np.linalg.qr(_draw(0, 2, 6, 3))[0] * sizes
+    s = svd.thin_svd(torch.from_numpy(A))[1]
+    np.testing.assert_allclose(s.numpy(), np.stack([sizes] * 2), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(1.005, 1), (0.995, 0)])
+def test_svd_in_the_patient_way_leaves_out_what_is_far_below_rounding(ratio, kept, no_gesdd):
+    small = ratio * 1e10 * np.finfo(float).eps ** 3
+    s = svd.thin_svd(torch.from_numpy(np.diag([1e10, small])))[1]
+    np.testing.assert_allclose(s.numpy(), [1e10, kept * small], rtol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.complex128])
+@pytest.mark.parametrize("deficient", [False, True])
+def test_the_bytes_that_a_factor_holds(deficient, dtype):
+    m, n, rank = 9, 5, 3 if deficient else 5
+    A = _draw(0, 2, m, rank, dtype=dtype) @ _draw(1, 2, rank, n, dtype=dtype)
+    A = A.astype(dtype)
+    size = np.dtype(dtype).itemsize
+    for method in (qr, svd):
+        prepared = method.prepare(DenseOp(torch.from_numpy(A)), None, Options(), False)
+        if method is qr and not deficient:  # Q and R
+            assert prepared.nbytes == 2 * (m * n + n * n) * size
+        else:  # U, V and the singular values, which are real
+            values = np.dtype(dtype).type(0).real.itemsize
+            assert prepared.nbytes == 2 * ((m * n + n * n) * size + n * values)
+
+
+@pytest.mark.parametrize("damped", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "banded"])
+def test_the_bytes_that_a_factored_normal_matrix_holds(kind, damped):
+    n = 80
+    op, A = _banded(n, (), np.float64)
+    entries = np.count_nonzero(A)
+    if kind == "dense":
+        op = DenseOp(torch.from_numpy(A))
+    if damped:
+        op = StackedOp(op, torch.ones(n, dtype=torch.float64))
+    normal = Normal(op)
+    normal.factor()
+    own = 8 * (n * n if kind == "dense" else 2 * entries)  # values by rows and by columns
+    product = n * n if kind == "dense" else normal._values.size
+    factor = normal._factor.nbytes
+    assert factor >= 8 * n
+    assert normal.nbytes == factor + own + 8 * product
+    normal.settle()
+    assert normal.nbytes == factor + own

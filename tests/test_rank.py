@@ -158,10 +158,12 @@ def test_rcond_decides_the_rank(solver):
     for rcond, rank in ((1e-8, 4), (1e-5, 3), (1e-3, 2), (1e-1, 1)):
         sol = fl.solve(A, b, solver=solver, rcond=rcond)
         assert int(sol.rank) == rank
-    if solver == "svd":
-        for rank in (1, 2, 3):
+    if solver != "cholesky":
+        for rank in (1, 2, 3, 4):
             cut = fl.solve(A, b, solver=solver, rank=rank)
             assert int(cut.rank) == rank
+            want = V[:, :rank] @ ((U.T @ b.numpy()) / [1, 1e-2, 1e-4, 1e-6])[:rank]
+            np.testing.assert_allclose(cut.x.numpy(), want, rtol=1e-8)
 
 
 @pytest.mark.parametrize("solver", ["auto", *DIRECT])
