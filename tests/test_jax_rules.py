@@ -392,6 +392,17 @@ def test_a_small_damping_of_a_wide_problem_loses_no_digits_of_the_derivative(dam
     _close(jax.vjp(f, damp)[1](k)[0], _inner(k, want), rtol=1e-8)
 
 
+def test_the_second_derivative_by_a_damping_of_zero_of_a_wide_problem():
+    A, b = _draw(0, N, M), _draw(1, N)
+    G = A @ A.conj().T
+    want = -2 * A.conj().T @ np.linalg.solve(G, np.linalg.solve(G, b))
+
+    def f(damp):
+        return flj.lstsq(A, b, damp=damp, solver="svd")
+
+    _close(jax.jvp(lambda d: jax.jvp(f, (d,), (1.0,))[1], (0.0,), (1.0,))[1], want)
+
+
 # Values, weights, damping squared, c, g and the gate: the axis that a batch of it lies on.
 OPERANDS = {"a": 0, "w": 1, "d2": 0, "c": 2, "g": 1, "gate": 0}
 MAPPED = [
