@@ -2,8 +2,8 @@
 
 The tests are collected once, on the source as it is. Everything after runs in forked processes:
 
-- all tests one after the other: they must pass, and the time of each is taken;
-- each test alone, under a line trace: the lines that it executes, whatever others have cached;
+- all tests one after the other, under a line trace: they must pass, and the time of each and the
+  lines that it executes are taken;
 - one trial for each change: the functions that differ get their changed code, and the tests that
   execute the changed lines run until one fails, those first that promise most for their time. All
   run where none is seen to execute them, as on threads that Python does not know.
@@ -24,7 +24,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -65,16 +65,14 @@ class Trials:
         self.functions = _functions({str(f) for f in self.files})
         gc.freeze()  # what a forked process does not touch, it need not copy
         start = time.monotonic()
-        ended, self.seconds = self._forked(list(self.items), dict.fromkeys(self.items, 600.0))
+        told = self._forked(list(self.items), dict.fromkeys(self.items, 600.0), traced=True)
         self.whole = time.monotonic() - start
-        if ended.test is not None:
-            raise pytest.UsageError(f"fails on the source as it is: {ended.test}")
-        self.lines: dict[str, set[tuple[str, int]]] = {}
-        for name in self.items:
-            start = time.monotonic()
-            _, seen = self._forked([name], {name: 600.0}, traced=True)
-            self.lines[name] = {(file, line) for file, line in seen}
-            self.seconds[name] = max(self.seconds[name], (time.monotonic() - start) / 4)
+        failed = _verdict(told).test
+        if failed is not None:
+            raise pytest.UsageError(f"fails on the source as it is: {failed}")
+        done = [t for t in told if "seconds" in t]
+        self.seconds = {t["test"]: t["seconds"] for t in done}
+        self.lines = {t["test"]: {(file, line) for file, line in t["lines"]} for t in done}
         self.work(self)
         return True
 
@@ -85,42 +83,34 @@ class Trials:
         # by what a kill by each has cost so far, and would if the next trial were one
         names.sort(key=lambda n: self.seconds[n] * (1 + self.tried[n]) / (1 + self.kills[n]))
         limits = {n: 10 + 10 * self.seconds[n] for n in names}
-        verdict, times = self._forked(names, limits, change=(file, tree))
-        self.tried.update(list(times))
+        told = self._forked(names, limits, change=(file, tree))
+        verdict = _verdict(told)
+        self.tried.update(t["test"] for t in told if "seconds" in t)
         if verdict.test is not None:
             self.tried[verdict.test] += 1
             self.kills[verdict.test] += 1
         return verdict
 
-    def _forked(self, names, limits, traced=False, change=None):
-        """Run tests in a process of their own until one fails; what they told, and the verdict."""
+    def _forked(self, names, limits, traced=False, change=None) -> list[dict[str, Any]]:
+        """Run tests in a process of their own until one fails, and return what it told."""
         read, write = os.pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of JAX, which has not been started yet
             child = os.fork()
         if child == 0:
-            code = 1
             try:
                 os.close(read)
                 with os.fdopen(write, "w") as out:
                     self._child(out, names, limits, traced, change)
-                code = 0
             finally:
-                os._exit(code)
+                os._exit(0)
         os.close(write)
         with os.fdopen(read) as stream:
             told = [json.loads(line) for line in stream if line.endswith("\n")]
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if not told or (code == 1 and "failed" not in told[-1]):
+        if not told or not (code or "end" in told[-1]):
             raise pytest.UsageError("a trial could not be made")
-        seen = [tuple(pair) for t in told for pair in t.get("lines", ())]
-        times = {t["test"]: t["seconds"] for t in told if "seconds" in t}
-        verdict = Verdict(None)
-        if "failed" in told[-1]:
-            verdict = Verdict(told[-1]["failed"])
-        elif code:
-            verdict = Verdict(told[-1]["test"], code == -signal.SIGALRM, code != -signal.SIGALRM)
-        return verdict, seen if traced else times
+        return [*told, {**told[-1], "signal": -code}] if code else told
 
     def _child(self, out, names, limits, traced, change) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -134,23 +124,23 @@ class Trials:
             out.write(json.dumps(what) + "\n")
             out.flush()
 
-        lines: set[tuple[str, int]] = set()
         for name, after in zip(names, [*names[1:], None], strict=True):
             tell(test=name)
+            lines: set[tuple[str, int]] = set()
             signal.alarm(int(limits[name]) + 1)  # ends the process
-            start = time.monotonic()
             if traced:
+                _forget()
                 sys.settrace(_tracer({str(f) for f in self.files}, lines))
+            start = time.monotonic()
             item, following = self.items[name], self.items.get(after)
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             sys.settrace(None)
             signal.alarm(0)
-            if self.session.testsfailed and not traced:
-                tell(failed=name)
+            if self.session.testsfailed:
+                tell(test=name, failed=True, end=True)
                 return
-            tell(test=name, seconds=time.monotonic() - start)
-        if traced:
-            tell(test=names[-1], lines=sorted(lines))
+            tell(test=name, seconds=time.monotonic() - start, lines=sorted(lines))
+        tell(end=True)
 
     def _change(self, file: Path, tree: ast.Module) -> None:
         """Give the functions of a file the code of a tree."""
@@ -162,6 +152,21 @@ class Trials:
         for key in changed:
             for function in self.functions[key]:
                 function.__code__ = new[key]
+
+
+def _verdict(told: list[dict[str, Any]]) -> Verdict:
+    last = told[-1]
+    if "signal" in last:
+        late = last["signal"] == signal.SIGALRM
+        return Verdict(last["test"], late, not late)
+    return Verdict(last["test"] if "failed" in last else None)
+
+
+def _forget() -> None:
+    """Drop what earlier tests left, so that a test executes the lines that it needs."""
+    sys.modules["funclsq.raw"].clear_cache()
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 Place = tuple[str, str, int]
