@@ -232,6 +232,13 @@ def test_the_condition_of_a_small_factor_is_told_at_once_where_it_is_plain():
     assert qr._plain_cond(torch.from_numpy(R), 1e-12) is None
 
 
+def test_the_rank_tolerance_is_that_of_numpy():
+    """The larger side times eps; of nothing, eps."""
+    eps = np.finfo(np.float32).eps
+    for m, n, size in ((9, 5, 9), (5, 9, 9), (0, 0, 1)):
+        assert svd.default_rcond(m, n, torch.float32) == size * eps
+
+
 def test_what_is_far_below_rounding_is_left_out_of_qr():
     tiny = np.finfo(float).eps ** 3
     B = np.zeros((3, 4))

@@ -75,8 +75,8 @@ class PreparedSVD:
         self.inverse = torch.where(keep, 1 / torch.where(keep, s, 1), 0).to(s.dtype)
         self.rank = rank
         self.deficient = rank < V.shape[-2]
-        low = torch.where(keep, s, torch.inf).amin(-1) if s.shape[-1] else rank + torch.inf
-        high = s.amax(-1) if s.shape[-1] else rank * 0.0
+        low = torch.where(keep, s, torch.inf).amin(-1) if s.shape[-1] else rank
+        high = s.amax(-1) if s.shape[-1] else rank
         self.cond = torch.where(rank > 0, high / low, torch.nan)
         self.method = method
         self.nbytes = sum(t.numel() * t.element_size() for t in (U, s, V))
