@@ -276,6 +276,28 @@ def test_svd_in_the_patient_way_leaves_out_what_is_far_below_rounding(ratio, kep
     np.testing.assert_allclose(s.numpy(), [1e10, kept * small], rtol=1e-14)
 
 
+def test_singular_values_that_are_nan_are_found_in_the_patient_way(monkeypatch):
+    plain = torch.linalg.svd
+
+    def spoilt(A, **options):
+        U, s, Vh = plain(A, **options)
+        return U, s * torch.nan, Vh
+
+    A = _draw(0, 5, 3)
+    monkeypatch.setattr(torch.linalg, "svd", spoilt)
+    s = svd.thin_svd(torch.from_numpy(A))[1]
+    np.testing.assert_allclose(s.numpy(), np.linalg.svd(A, compute_uv=False), rtol=1e-13)
+
+
+@pytest.mark.parametrize("top", [1e-3, 1e3])
+@pytest.mark.parametrize(("ratio", "rank"), [(1.005, 3), (0.995, 2)])
+def test_which_singular_values_count(ratio, rank, top):
+    U, V = np.linalg.qr(_draw(0, 7, 3))[0], np.linalg.qr(_draw(1, 3, 3))[0]
+    A = (U * [top, top / 2, ratio * 1e-6 * top]) @ V
+    prepared = svd.prepare(DenseOp(torch.from_numpy(A)), None, Options(rcond=1e-6), False)
+    assert int(prepared.rank) == rank
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.complex128])
 @pytest.mark.parametrize("deficient", [False, True])
 def test_the_bytes_that_a_factor_holds(deficient, dtype):
