@@ -176,7 +176,9 @@ def run(
     unexplained: list[str] = []
 
     def work(trials: Trials) -> None:
-        print(f"{name}: {len(trials.items)} tests in {trials.whole:.0f} s", flush=True)
+        print(
+            f"{name}: {len(trials.items)} tests, {trials.whole:.0f} s of processor time", flush=True
+        )
         start = time.monotonic()
         killed, late, crashed, known = 0, 0, 0, 0
         for module, mutant in chosen:
