@@ -129,7 +129,6 @@ EQUIVALENT: dict[str, str] = {
     ": out - solve(plan, w, d2, image": "the first projection does it to eps cond^2",
     ": torch.where(moderate": "either choice is the same but for rounding",
     ": info[..., _SLOT_COND] < ": "either choice is the same but for rounding",
-    "csr_mm comparison flipped: k <= width": "in one block or in many it is the same product",
     "scaled: floor ** 2 * high": "either way finds the same condition",
     "power dropped: floor ** 2": "either way finds the same condition",
     "qr.prepare factor dropped: cond * rcond": "the singular values, counted then, say the same",
@@ -147,6 +146,7 @@ EQUIVALENT: dict[str, str] = {
     "operands swapped: s.div(rho, self.wnorm)": "largest over smallest: inverses have the same",
     "operands swapped: s.div(qnorm, self.pnorm)": "largest over smallest: inverses have the same",
     "term dropped: 1.2 * count + 3 * ": "the size of a first block, which grows until it is enough",
+    "divisor dropped: normal.shift * (signs": "the size of a first block, which may be larger",
     ": torch.finfo(info.dtype).eps ** ": "either choice is the same but for rounding",
 }
 

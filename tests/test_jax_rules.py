@@ -403,6 +403,19 @@ def test_the_second_derivative_by_a_damping_of_zero_of_a_wide_problem():
     _close(jax.jvp(lambda d: jax.jvp(f, (d,), (1.0,))[1], (0.0,), (1.0,))[1], want)
 
 
+def test_the_transposed_residual_of_a_little_damped_wide_problem_does_not_cancel():
+    """With s = A x - c = -d2 (A A^H + d2)^-1 c, of which a difference keeps eps / d2."""
+    A, c, k, d2 = _draw(0, N, M), _draw(1, N, 1), _draw(2, N, 1), 1e-10
+    pattern = fl.SparsityPattern(*np.divmod(np.arange(N * M), M), (N, M))
+    problem = Problem(Static(pattern), Options(solver="svd"))
+
+    def s(c):
+        return S(problem, Operands((A.reshape(-1),), (), None, np.array([d2]), c), "s")
+
+    matrix = -d2 * np.linalg.inv(A @ A.conj().T + d2 * np.eye(N))
+    assert_close(jax.vjp(s, c)[1](k)[0], matrix.T @ k, rtol=1e-9)
+
+
 # Values, weights, damping squared, c, g and the gate: the axis that a batch of it lies on.
 OPERANDS = {"a": 0, "w": 1, "d2": 0, "c": 2, "g": 1, "gate": 0}
 MAPPED = [
