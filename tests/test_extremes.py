@@ -9,7 +9,10 @@ import torch
 
 import funclsq as fl
 from funclsq.backends import superlu
+from funclsq.methods._protocol import Options
+from funclsq.methods.cholesky import prepare
 from funclsq.methods.svd import thin_svd
+from funclsq.operators import SparseOp
 
 F64 = torch.float64
 
@@ -226,3 +229,29 @@ def test_a_long_null_part_taken_off_leaves_no_residual(kind, smaller):
     wide, x, c = (t.numpy().astype(np.clongdouble) for t in (A, sol.x, b))
     left = np.linalg.norm((wide.conj().T @ (c - wide @ x)).astype(complex))
     assert left <= 5e-16 * torch.linalg.matrix_norm(A) * torch.linalg.vector_norm(b)
+
+
+@pytest.mark.parametrize("smaller", [2.0**-7, 2.0**-13, 2.0**-20])
+def test_dependent_columns_of_different_size_keep_the_least_norm(smaller):
+    """Null vectors of short columns are long, and must not drown the others."""
+    rng = np.random.default_rng(4)
+    A = rng.standard_normal((40, 12))
+    A[:, 2], A[:, 7], A[:, 9] = smaller * A[:, 0], A[:, 5], -4 * A[:, 5]
+    null = np.zeros((12, 3))
+    null[[0, 2], 0] = -smaller, 1
+    null[[5, 7], 1] = 1, -1
+    null[[5, 9], 2] = 4, 1
+    null /= np.linalg.norm(null, axis=0)
+    b, g = rng.standard_normal(40), rng.standard_normal(12)
+    S = fl.Sparse.from_torch(torch.from_numpy(A).to_sparse())
+    operator = SparseOp(S.pattern, S.values)
+    prepared = prepare(operator, None, Options())
+    true = np.linalg.pinv(A, rcond=1e-12)
+    cases = (b, None, true @ b, 1e-14), (None, g, true @ (true.T @ g), 1e-12)
+    for c, h, want, close in cases:
+        c, h = (None if v is None else torch.from_numpy(v[:, None]) for v in (c, h))
+        x, status, _ = prepared.solve(c, h)[:3]
+        assert status.tolist() == [int(fl.Status.DIRECT)]
+        x = x[:, 0].numpy()
+        assert np.abs(null.T @ x).max() <= 1e-15 * np.linalg.norm(x)
+        assert np.linalg.norm(x - want) <= close * np.linalg.norm(want)

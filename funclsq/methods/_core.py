@@ -25,6 +25,7 @@ EASIEST = 20.0  # up to this one a factor in single precision contracts by 1e-4
 EASY = 1e6  # up to this condition number the plain factor contracts fast enough
 _SLACK = 20.0  # times the rank tolerance that a residual of the equations may be
 _QUICK = 3  # corrections after which a factor of an easy matrix is not believed unseen
+_UNEVEN = 10.0  # from which ratio of their lengths on null vectors are sharpened twice
 MARGIN = 10.0  # full rank is sure if the smallest singular value is so far above the tolerance
 
 
@@ -110,13 +111,28 @@ class Core:
             self._purify(nulls)
 
     def _purify(self, nulls: Tensor) -> None:
-        """Sharpen the null vectors, V <- (I - B^+ B) V, and orthonormalise them unscaled."""
+        """Sharpen the null vectors, V <- (I - B^+ B) V, and orthonormalise them unscaled.
+
+        Unscaled, those of short columns are long and drown the others, which the orthonormal basis
+        then holds to eps times their ratio only. It is sharpened once more in that case.
+        """
+        scale = self.normal.scale.unsqueeze(-1)
+        self._nulls = _orthonormal(self._sharpened(self._nulls), nulls)
+        Q, R = qr(self._nulls * scale)
+        self.null = torch.where(nulls.unsqueeze(-2), Q, 0)
+        length = R.diagonal(dim1=-2, dim2=-1).abs()
+        shortest = torch.where(nulls, length, torch.inf).amin(-1)
+        if bool((length.amax(-1) > _UNEVEN * shortest).any()):
+            again = torch.where(scale > 0, self.null / scale, 0)
+            size = column_norms(again).unsqueeze(-2)
+            again = self._sharpened(again / torch.where(size > 0, size, 1))
+            self.null = _orthonormal(again * size * scale, nulls)
+
+    def _sharpened(self, V: Tensor) -> Tensor:
+        """(I - B^+ B) V, without zero columns, which have a scale of their own."""
         B = self.normal.B
-        V = self._nulls
         V = V - refine(B, self._rough, B.mv(V), None, self.normal.eps)[0]
-        V = torch.where(self.normal.zero.unsqueeze(-1), 0, V)  # of a scale of their own
-        self._nulls = _orthonormal(V, nulls)
-        self.null = _orthonormal(self._nulls * self.normal.scale.unsqueeze(-1), nulls)
+        return torch.where(self.normal.zero.unsqueeze(-1), 0, V)
 
     def _rough(self, q: Tensor) -> Tensor:
         """P q with P near (B^H B)^+ in the scaled variables."""
@@ -135,7 +151,8 @@ class Core:
         """Project onto the row space of B (unscaled variables)."""
         v = torch.where(self.normal.zero.unsqueeze(-1), 0, v)
         if self.null is not None:
-            v = v - self.null @ (self.null.mH @ v)
+            for _ in range(2):  # v may be long beside what is left of it
+                v = v - self.null @ (self.null.mH @ v)
         return v
 
     def solve(self, c: Tensor | None, g: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,8 +163,8 @@ class Core:
         x, status, steps = refine(self.normal.B, self._rough, c, g, self.normal.eps)
         x = self.project(scale * x)
         if self.null is not None:
-            # null vectors are so to rounding, which a long part of x along them brought into B x
-            x = x + self.project(scale * self._rough(self._residual(x, c, g)[1]))
+            # a long part of x along the null vectors leaves its rounding behind, seen by B or not
+            x = self.project(x + scale * self._rough(self._residual(x, c, g)[1]))
         if self._doubtful(steps):
             y, s = self._residual(x, c, g)
             status = self._judged(status, s, c, g, y, 2)
