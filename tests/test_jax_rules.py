@@ -413,7 +413,24 @@ def test_the_transposed_residual_of_a_little_damped_wide_problem_does_not_cancel
         return S(problem, Operands((A.reshape(-1),), (), None, np.array([d2]), c), "s")
 
     matrix = -d2 * np.linalg.inv(A @ A.conj().T + d2 * np.eye(N))
-    assert_close(jax.vjp(s, c)[1](k)[0], matrix.T @ k, rtol=1e-9)
+    assert_close(jax.vjp(s, c)[1](k)[0] / d2, matrix.T @ k / d2)
+
+
+@pytest.mark.parametrize("gate", [0.0, 1.0])
+def test_the_transpose_of_a_gated_solve_is_gated(gate):
+    a, w, d2, c, g, _ = (t[0] for t in _members(1).values())
+    k, k_s = _draw(8, N, 2), _draw(9, M, 2)
+
+    def solved(c):
+        return _solved(a, w, d2, c, g, np.array(gate))[:2]
+
+    def along(step):
+        return _direct(a, w, d2, step, 0 * g, gate)
+
+    step = _draw(10, M, 2)
+    bar = jax.vjp(solved, c)[1]((k, k_s))[0]
+    x_dot, s_dot = along(step)
+    assert_close((bar * step).sum(), (k * x_dot).sum() + (k_s * s_dot).sum(), rtol=1e-8)
 
 
 # Values, weights, damping squared, c, g and the gate: the axis that a batch of it lies on.
