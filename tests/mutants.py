@@ -136,6 +136,7 @@ EQUIVALENT: dict[str, str] = {
     "scaled: plain * rcond": "either way finds the same condition",
     "svd.thin_svd branches swapped: A if whole": "the patient way does what the other fails on",
     "off by one: range(steps)": "an estimate, and better by one step",
+    "nullspace._in_steps off by one: range(2)": "a third projection takes nothing more away",
     "nnz_unique twin: self.indices": "A and its transpose store as many entries",
     "comparison flipped: U.shape[1] <= FEW_TERMS": "both ways give the same but for rounding",
     "csr_rows twin: self.indices": "only its dtype is taken",

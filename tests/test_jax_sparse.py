@@ -109,6 +109,10 @@ def test_vmap_over_bcoo_with_other_indices_for_each_member(entries):
     dense = _formats(entries)["dense"]
     want = jnp.stack([flj.lstsq(dense(u), b, damp=0.1) for u in (v, v[::-1])])
     assert_close(got, want)
+    sol = jax.vmap(lambda A: flj.solve(A, b, damp=0.1))(both)
+    assert_close(sol.x, want)
+    alone = [flj.solve(dense(u), b, damp=0.1).residual_norm for u in (v, v[::-1])]
+    assert_close(sol.residual_norm, jnp.stack(alone))
 
 
 def test_sparse_products_in_every_direction(entries):
