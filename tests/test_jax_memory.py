@@ -102,6 +102,21 @@ def test_one_derivative_solve_gives_what_is_asked_for_only(x64, monkeypatch):
     assert_close((grads[0], grads[1]), jax.grad(dense, (0, 1))(A, b))
 
 
+@pytest.mark.parametrize(("solver", "calls"), [("auto", 5), ("cholesky", 3)])
+def test_a_gradient_leaves_nothing_for_xla_to_compile(x64, solver, calls):
+    """Every kernel of its own costs 25 ms; signs, sums and differences are made in host calls."""
+    options = {"solver": solver, "rank": "full" if solver == "cholesky" else "auto"}
+    pattern = full_pattern(7, 3)
+
+    def pulled(v, b, k):
+        return jax.vjp(lambda v: flj.lstsq(flj.Sparse(pattern, v), b, **options), v)[1](k)
+
+    steps = [e.primitive.name for e in jax.make_jaxpr(pulled)(*map(jnp.ones, (21, 7, 3))).eqns]
+    ours = [name for name in steps if name.startswith("funclsq")]
+    assert len(ours) == calls
+    assert set(steps) - set(ours) <= {"broadcast_in_dim", "reshape", "squeeze"}
+
+
 # -------------------------------------------------------------------------------------------
 # Large operands.
 
