@@ -207,7 +207,7 @@ def test_the_judge_accepts_the_rules():
 
 
 # How many mutants of an area are run here; ``python -m tests.mutants`` runs every one of all
-# areas. The judges of the others take a minute and more for each mutant.
+# areas. The tests of the others take up to a minute before the first mutant.
 SAMPLES = {"derivatives": 12}
 
 
