@@ -255,3 +255,15 @@ def test_dependent_columns_of_different_size_keep_the_least_norm(smaller):
         x = x[:, 0].numpy()
         assert np.abs(null.T @ x).max() <= 1e-15 * np.linalg.norm(x)
         assert np.linalg.norm(x - want) <= close * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("size", [1e-140, 1e-165, 1e-250])
+@pytest.mark.parametrize("solver", ["auto", "qr", "cholesky", "lsmr"])
+def test_a_verdict_that_does_not_depend_on_the_scaling_of_columns(solver, size):
+    rng = np.random.default_rng(0)
+    A, b = rng.standard_normal((6, 3)), torch.from_numpy(rng.standard_normal(6))
+    scaled = torch.from_numpy(A * [1, size, 1])
+    sol = fl.solve(scaled, b, solver=solver, scale=True)
+    want = np.linalg.lstsq(A, b.numpy(), rcond=None)[0]
+    assert int(sol.rank) == 3
+    np.testing.assert_allclose(sol.x.numpy() * [1, size, 1], want, rtol=1e-12)

@@ -37,6 +37,7 @@ from funclsq.methods.svd import (
     thin_svd,
 )
 from funclsq.operators import Operator
+from funclsq.range import safe_norm
 from funclsq.shapes import broadcast_shapes
 from funclsq.solution import Method
 
@@ -108,7 +109,7 @@ def prepare(
     if plain is None and not bool(torch.isfinite(R).all()):
         # LAPACK fails on numbers at the end of the range
         Q, R = torch.linalg.qr(_without_negligible(B.mH if wide else B, rcond))
-    norms = torch.linalg.vector_norm(R, dim=-2, keepdim=True)
+    norms = safe_norm(R).unsqueeze(-2)
     floor = 0 if options.scale is True else rcond * norms.amax(-1, keepdim=True)
     scaled = torch.where(norms > floor, R / torch.where(norms > 0, norms, 1), 0)
     eye = torch.eye(q, dtype=R.dtype, device=R.device).expand_as(R)
