@@ -118,6 +118,11 @@ AREAS = {
 
 # Mistakes that cannot be seen, and why: a part of the description without line, the reason.
 EQUIVALENT: dict[str, str] = {
+    "_sddmm_abstract off by one: blocks[0]": "all blocks have one dtype and leading dimension",
+    "_sddmm_lower off by one: blocks[0]": "all blocks have one dtype and leading dimension",
+    "branches swapped: t.cpu() if t.device.type not in": "on the CPU it is a copy that is none",
+    "_register branches swapped": "runs on import, before it is applied; in the source it fails",
+    "_together off by one: args[0]": "all that are batched twice have the same inner dimension",
     ": 5 + len(params)": "a count of None, not algebra",
     ": (None,) * ": "a count of None, not algebra",
     ": s_dot + matmul(structure, params, null_term)": "A (I - P) is zero",
