@@ -175,8 +175,9 @@ def solve_verified(
         # Loosened more than once, the tolerance may have been met by leaving out directions in
         # which A is small, but not null: one time is rounding's due, beyond it s itself must say.
         pending |= _judge(answer, norms(s), targets, asked, 1.0)
-    pending &= ~_consistent(answer, targets, settings.eps)
-    answer.status[pending] = int(Status.STAGNATED)
+    if pending.any():
+        pending &= ~_consistent(answer, targets, settings.eps)
+        answer.status[pending] = int(Status.STAGNATED)
     return answer
 
 
