@@ -9,7 +9,7 @@ from test_cholesky import batch_op, check_accuracy, error, nearly_full, solve, s
 
 import funclsq as fl
 from funclsq.backends import dense, registry
-from funclsq.methods import _gram, _normal
+from funclsq.methods import _normal
 from funclsq.methods._core import EASIEST
 from funclsq.methods._protocol import Options
 from funclsq.methods.cholesky import prepare
@@ -184,23 +184,3 @@ def test_gradients_and_second_derivatives(damp):
         found.append((dA.detach(), db.detach(), *second))
     for mine, true in zip(*found, strict=True):
         assert error(mine.numpy(), true.numpy()) <= 1e-13
-
-
-@pytest.mark.parametrize("kind", [float, complex])
-@pytest.mark.parametrize("most", [0, 1 << 20], ids=["product", "pairs"])
-def test_the_normal_matrix_written_out(kind, most, monkeypatch):
-    monkeypatch.setattr(_gram, "_MAX_PLACES", most)
-    A = sparse(kind)
-    A[:, 3] = 0
-    A[::2] = 0
-    op = sparse_op(A)
-    N = _gram.full_square(op.pattern, op.csr_values.numpy())
-    assert N.stride(-2) == 1  # by columns
-    assert (_gram._places(op.pattern) is None) == (most == 0)
-    np.testing.assert_allclose(np.tril(N.numpy()), np.tril(A.conj().T @ A), rtol=0, atol=1e-14)
-
-
-def test_many_pairs_for_each_entry_are_left_to_the_product():
-    A = np.random.default_rng(0).standard_normal((60, 5))
-    assert _gram._places(sparse_op(A).pattern) is None
-    assert _gram._places(sparse_op(A[:3]).pattern) is not None

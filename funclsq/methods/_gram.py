@@ -1,21 +1,13 @@
 """The normal matrix N = B^H B of a sparse B: its structure once per pattern, its values often.
 
-The structure is kept with the pattern. The values of one matrix come from SciPy's sparse product,
-whose rows are unsorted but always in the same order, so that a kept permutation sorts them. The
-values of a batch come from a list of the pairs of entries that meet in each entry of N, one
-gather, one product and one segmented sum for all members:
-
-    N[e] = sum over the pairs (p, q) of e of conj(v[p]) v[q]
-
-(For one matrix the list was measured 1.0 to 2.2 times slower than the product: its reads scatter.)
-
-Where N is written out in full, the pairs need no order, and each product is added to its place: 1.5
-to 4 times faster than SciPy's product, half of which is above the diagonal.
+The structure is kept with the pattern. The values of a batch are sums of pairs (see _pairs), and
+those of one matrix where the sums stay in the cache: 1.3 to 3 times faster there than SciPy's
+sparse product, half of which is above the diagonal. Where they do not, up to 2 times slower: then
+it is that product, whose rows are unsorted but always in the same order, so that a kept permutation
+sorts them.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import numpy as np
 import scipy  # its subpackages load on first use
@@ -24,23 +16,16 @@ from torch import Tensor
 
 from funclsq import spare
 from funclsq.methods._dense_rows import sparse_part
+from funclsq.methods._pairs import Pairs, add_up, in_rows
 from funclsq.pattern import SparsityPattern
 
 __all__ = ["Gram", "estimate", "full_square", "gram_of", "predict", "square"]
 
 MAX_PAIRS = 10_000_000  # longer lists are not kept (80 MB): members are multiplied one by one
+_MAX_ADDED = 1_000_000  # (16 to 24 MB) of one matrix, added up one by one
+_MAX_SUMS = 250_000  # entries of N whose sums stay in the cache
 _MAX_PLACES = 4_000_000  # (48 MB) of an N that is written out
-_CACHED = 100_000  # pairs x members multiplied at a time
 _SAMPLE = 128  # columns of N counted by predict
-
-
-class _Pairs(NamedTuple):
-    """Which values of B meet in N; ``place[e]`` numbers the sum that entry e of N takes."""
-
-    first: np.ndarray
-    second: np.ndarray
-    starts: np.ndarray
-    place: np.ndarray
 
 
 class Gram:
@@ -75,7 +60,7 @@ class Gram:
         self.diagonal = np.flatnonzero(self.rows == self.indices)
         counts = np.diff(pattern.indptr).astype(np.int64)
         self.pairs = int((counts * (counts + 1) // 2).sum())
-        self._plan: _Pairs | None = None
+        self._lists: dict[bool, Pairs] = {}
 
     @property
     def n(self) -> int:
@@ -90,19 +75,22 @@ class Gram:
     def values(self, v: np.ndarray) -> np.ndarray:
         """Values of N, (..., nnz), from the CSR values of B, (..., nnz of B)."""
         if v.ndim == 1:
-            return self._product(v)
+            near = self.pairs <= _MAX_ADDED and self.nnz <= _MAX_SUMS
+            return self._listed(False).one(v) if near else self._product(v)
         if self.pairs > MAX_PAIRS:
             return np.stack([self._product(member) for member in v])
-        return self._planned(v, self._pairs().place)
+        listed = self._listed(True)
+        return listed.many(v, listed.place)
 
     def dense(self, v: np.ndarray) -> np.ndarray:
         """N as a full array, (..., n, n)."""
         n = self.n
         at = self.rows.astype(np.int64) * n + self.indices
         if v.ndim == 2 and self.pairs <= MAX_PAIRS:
+            listed = self._listed(True)
             place = np.full(n * n, -1)
-            place[at] = self._pairs().place
-            return self._planned(v, place).reshape(len(v), n, n)
+            place[at] = listed.place
+            return listed.many(v, place).reshape(len(v), n, n)
         out = np.zeros((*v.shape[:-1], n * n), dtype=v.dtype)
         out[..., at] = self.values(v)
         return out.reshape(*v.shape[:-1], n, n)
@@ -124,48 +112,13 @@ class Gram:
         full[self._holes] = out
         return full
 
-    def _planned(self, v: np.ndarray, place: np.ndarray) -> np.ndarray:
-        """Multiply and sum the pairs of all members; put sum ``place[e]`` at e, 0 where it is -1.
-
-        Members run along the fast axis, in blocks that stay in the cache.
-        """
-        first, second, starts, _ = self._pairs()
-        out = np.zeros((v.shape[0], place.size), dtype=v.dtype)
-        if starts.size == 0:
-            return out
-        step = max(1, _CACHED // first.size)
-        for at in range(0, v.shape[0], step):
-            part = np.ascontiguousarray(v[at : at + step].T)
-            products = part.take(second, axis=0)
-            left = part.take(first, axis=0)
-            products *= left.conj() if np.iscomplexobj(v) else left
-            half = np.add.reduceat(products, starts, axis=0)
-            whole = np.concatenate((half, half.conj(), np.zeros_like(half[:1])))
-            out[at : at + step] = whole[place].T
-        return out
-
-    def _pairs(self) -> _Pairs:
+    def _listed(self, by_sums: bool) -> Pairs:
         with self.pattern.lock:
-            if self._plan is None:
-                self._plan = self._make_pairs()
-            return self._plan
-
-    def _make_pairs(self) -> _Pairs:
-        """Pairs (p, q) of entries in one row with column p >= column q, sorted by N's entry."""
-        p, q = _pairs_in_rows(self.pattern.indptr)
-        indices = self.pattern.indices
-        i, j = indices[p], indices[q]  # i >= j: columns rise within a row
-        order = _sort_by(i, j, self.n)
-        p, q, i, j = p[order], q[order], i[order], j[order]
-        new = np.ones(p.size, dtype=bool)
-        new[1:] = (i[1:] != i[:-1]) | (j[1:] != j[:-1])
-        starts = np.flatnonzero(new)
-        key = self.rows.astype(np.int64) * self.n + self.indices
-        i, j = i[starts].astype(np.int64), j[starts].astype(np.int64)
-        place = np.full(self.nnz, -1)  # sums of the upper triangle are those below, conjugated
-        place[np.searchsorted(key, j * self.n + i)] = np.arange(i.size) + i.size
-        place[np.searchsorted(key, i * self.n + j)] = np.arange(i.size)
-        return _Pairs(p, q, starts, place)
+            found = self._lists.get(by_sums)
+            if found is None:
+                found = Pairs(self.pattern, self.rows, self.indices, by_sums)
+                self._lists[by_sums] = found
+            return found
 
 
 def gram_of(pattern: SparsityPattern) -> Gram:
@@ -215,11 +168,7 @@ def full_square(pattern: SparsityPattern, v: np.ndarray) -> Tensor:
         square(pattern, v).toarray(out=N.numpy())
         return N.mH.resolve_conj()
     left, right, at = places
-    products = v.take(left)
-    if np.iscomplexobj(products):
-        np.conj(products, out=products)
-    products *= v.take(right)
-    np.add.at(N.zero_().numpy().reshape(-1), at, products)
+    add_up(N.zero_().numpy().reshape(-1), at, v, left, right)
     return N.mT
 
 
@@ -232,7 +181,7 @@ def _places(pattern: SparsityPattern) -> tuple[np.ndarray, np.ndarray, np.ndarra
     with pattern.lock:
         found = pattern.cache.get("gram_places")
         if found is None:
-            p, q = _pairs_in_rows(pattern.indptr)
+            p, q = in_rows(pattern.indptr)
             i, j = pattern.indices[p].astype(np.int32), pattern.indices[q].astype(np.int32)
             found = pattern.cache["gram_places"] = (p, q, j * np.int32(n) + i)
     return found
@@ -254,38 +203,3 @@ def _adjoint(pattern: SparsityPattern, v: np.ndarray) -> scipy.sparse.csr_array:
     return scipy.sparse.csr_array(
         (values.conj(), pattern.t_indices, pattern.t_indptr), shape=pattern.shape[::-1]
     )
-
-
-def _pairs_in_rows(indptr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All (p, q) with p >= q in the same row, rows of one length at a time."""
-    counts = np.diff(indptr)
-    left, right = [], []
-    for length in np.unique(counts):
-        i, j = np.tril_indices(length)
-        starts = indptr[:-1][counts == length][:, None]
-        left.append((starts + i.astype(indptr.dtype)).reshape(-1))
-        right.append((starts + j.astype(indptr.dtype)).reshape(-1))
-    if not left:
-        return np.empty(0, indptr.dtype), np.empty(0, indptr.dtype)
-    return np.concatenate(left), np.concatenate(right)
-
-
-def _sort_by(i: np.ndarray, j: np.ndarray, n: int) -> np.ndarray:
-    """Order that sorts pairs by (i, j), in linear time: two counting sorts."""
-    size = i.size
-    by_j = (
-        scipy.sparse.csr_array(
-            (np.arange(size, dtype=np.int32), j, np.arange(size + 1)), shape=(size, n)
-        )
-        .tocsc()
-        .data
-    )
-    moved = i[by_j]
-    by_i = (
-        scipy.sparse.csr_array(
-            (np.arange(size, dtype=np.int32), moved, np.arange(size + 1)), shape=(size, n)
-        )
-        .tocsc()
-        .data
-    )
-    return by_j[by_i]

@@ -47,18 +47,18 @@ def _unit(V: Tensor) -> Tensor:
 
 def largest(normal, steps: int = 5) -> Tensor:
     """Estimate the largest singular value of B from below by power iteration, () or (b,)."""
-    v = _unit(torch.where(normal.zero.unsqueeze(-1), 0, _random(normal, 1, seed=1)))
-    for _ in range(steps):
-        v = _unit(normal.B.rmv(normal.B.mv(v)))
-    return torch.linalg.vector_norm(normal.filled.mv(v), dim=-2).squeeze(-1)
+    v = torch.where(normal.zero.unsqueeze(-1), 0, _random(normal, 1, seed=1))
+    for _ in range(steps):  # columns have norms of about one: v grows by n at most
+        v = normal.B.rmv(normal.B.mv(v))
+    return torch.linalg.vector_norm(normal.filled.mv(_unit(v)), dim=-2).squeeze(-1)
 
 
 def smallest(normal, steps: int = 2) -> Tensor:
     """Estimate the smallest singular value of B from above by inverse iteration, () or (b,)."""
-    v = _unit(_random(normal, 1))
-    for _ in range(steps):
-        v = _unit(normal.solve(v))
-    return torch.linalg.vector_norm(normal.filled.mv(v), dim=-2).squeeze(-1)
+    v = _random(normal, 1)
+    for _ in range(steps):  # N is positive definite in its rounding: v grows by 1/eps or so
+        v = normal.solve(v)
+    return torch.linalg.vector_norm(normal.filled.mv(_unit(v)), dim=-2).squeeze(-1)
 
 
 def small_directions(normal, limit: Tensor, floor: Tensor, most: int) -> Small:

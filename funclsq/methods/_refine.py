@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,54 +105,63 @@ def refine_image(
 
 
 def _iterate(B, rough, residual, step, start, eps, energy, image=False):
-    """Refine until the corrections stop falling, per column."""
+    """Refine until the corrections stop falling, per column; what decides that is NumPy's."""
     q = residual(None)
     dx = rough(q)
     x = start(dx)
-    plain, power = column_norms(q if image else dx), _power(dx, q)
+    plain, power = _norms(q if image else dx), _power(dx, q)
     first = power if image else plain
     aim = plain
-    done = ~torch.isfinite(first) | (first == 0)
-    fast = torch.zeros_like(done)  # a good contraction was seen
-    inner = torch.zeros_like(done)
-    best = torch.full_like(first, torch.inf)  # relative size of the smallest correction
-    steps = torch.zeros_like(first, dtype=torch.int64)
+    done = ~np.isfinite(first) | (first == 0)
+    fast = np.zeros_like(done)  # a good contraction was seen
+    inner = np.zeros_like(done)
+    best = np.full_like(first, np.inf)  # relative size of the smallest correction
+    steps = np.zeros(first.shape, dtype=np.int64)
     for number in range(1, _STEPS + 1):
-        if bool(done.all()):
+        if done.all():
             break
         q = residual(x)
-        dx = _conjugate_gradients(B, rough, q) if bool((inner & ~done).any()) else rough(q)
-        new_plain, new_power = column_norms(q if image else dx), _power(dx, q)
+        dx = _conjugate_gradients(B, rough, q) if (inner & ~done).any() else rough(q)
+        new_plain, new_power = _norms(q if image else dx), _power(dx, q)
         seen = []
-        if energy:
-            whole = column_norms(x) if image else column_norms(B.mv(x))
-            seen.append((new_power / power, new_power / whole))
-        seen.append((new_plain / plain, new_plain / (aim if image else column_norms(x))))
+        with np.errstate(all="ignore"):
+            if energy:
+                whole = _norms(x) if image else _norms(B.mv(x))
+                seen.append((new_power / power, new_power / whole))
+            seen.append((new_plain / plain, new_plain / (aim if image else _norms(x))))
         rate, relative = seen[0]
         fast |= rate < _FAST
         # after fast ones, a correction that has stopped falling is rounding: leave it
-        still = torch.stack([r < _SLOW for r, _ in seen]).any(0) | ~fast
-        take = ~done & still & torch.isfinite(new_plain)
-        x = torch.where(take.unsqueeze(-2), step(x, dx), x)
-        steps = torch.where(take, number, steps)
-        best = torch.where(done, best, torch.fmin(best, relative))
+        still = np.any([r < _SLOW for r, _ in seen], axis=0) | ~fast
+        take = ~done & still & np.isfinite(new_plain)
+        if take.any():
+            new = step(x, dx)
+            x = new if take.all() else torch.where(torch.from_numpy(take).unsqueeze(-2), new, x)
+        steps[take] = number
+        best = np.where(done, best, np.fmin(best, relative))
         # what the next correction would bring, by the rates seen
-        enough = torch.stack(
-            [((r < _FAST) & (size * r <= 0.25 * eps)) | ~(r < _SLOW) for r, size in seen]
-        ).all(0)
+        enough = np.all(
+            [((r < _FAST) & (size * r <= 0.25 * eps)) | ~(r < _SLOW) for r, size in seen], axis=0
+        )
         done |= ~take | (enough & (fast | (relative == 0)))
         inner |= (rate > _FAST) & ~done
-        plain = torch.where(take, new_plain, plain)
-        power = torch.where(take, new_power, power)
-    status = torch.full_like(steps, int(Status.INACCURATE))
-    status[((fast & (best < _SURE)) | (best == 0)) | (first == 0)] = int(Status.DIRECT)
+        plain = np.where(take, new_plain, plain)
+        power = np.where(take, new_power, power)
+    status = torch.full(steps.shape, int(Status.INACCURATE))
+    accepted = (fast & (best < _SURE)) | (best == 0) | (first == 0)
+    status[torch.from_numpy(accepted)] = int(Status.DIRECT)
     status[~torch.isfinite(x).all(-2)] = int(Status.NONFINITE)
-    return x, status, steps
+    return x, status, torch.from_numpy(steps)
 
 
-def _power(dx: Tensor, q: Tensor) -> Tensor:
+def _norms(v: Tensor) -> np.ndarray:
+    """The norm of each column."""
+    return column_norms(v).numpy()
+
+
+def _power(dx: Tensor, q: Tensor) -> np.ndarray:
     """|B dx| where dx = (B^H B)^-1 q."""
-    return (dx.conj() * q).sum(-2).real.clamp(min=0).sqrt()
+    return np.sqrt(np.maximum(torch.linalg.vecdot(dx, q, dim=-2).real.numpy(), 0))
 
 
 def _conjugate_gradients(B: Operator, rough: Rough, q: Tensor) -> Tensor:

@@ -1,0 +1,128 @@
+"""N = B^H B by the pairs of entries of B that meet in it: listed once per pattern, summed often.
+
+    N[i, j] = sum over the pairs (p, q) of entries in one row, columns i >= j, of conj(v[p]) v[q]
+
+For one matrix the pairs stay in the order of the rows of B, and each product is added to its sum;
+for a batch they are sorted by sums, and one gather, one product and one segmented sum do for all
+members. Where N is written out in full, each product is added to its place in it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy  # its subpackages load on first use
+
+from funclsq.pattern import SparsityPattern
+
+__all__ = ["Pairs", "add_up", "in_rows"]
+
+_CACHED = 100_000  # pairs x members multiplied at a time
+
+
+class Pairs:
+    """The pairs of a pattern, and the entry of N that each sum goes to.
+
+    Parameters
+    ----------
+    pattern : SparsityPattern, (m, n)
+        That of B.
+    rows, indices : array
+        Rows and columns of the entries of N, both triangles, sorted by rows.
+    by_sums : bool
+        Sort the pairs for a batch (else :meth:`one` is for them).
+    """
+
+    def __init__(
+        self, pattern: SparsityPattern, rows: np.ndarray, indices: np.ndarray, by_sums: bool
+    ) -> None:
+        n = pattern.shape[1]
+        p, q = in_rows(pattern.indptr)
+        i, j = pattern.indices[p], pattern.indices[q]  # i >= j: columns rise within a row
+        order = _sort_by(i, j, n)
+        i, j = i[order], j[order]
+        new = np.ones(i.size, dtype=bool)
+        new[1:] = (i[1:] != i[:-1]) | (j[1:] != j[:-1])
+        starts = np.flatnonzero(new)
+        if by_sums:
+            p, q, self._starts = p[order], q[order], starts
+        else:
+            self._sum = np.empty(i.size, dtype=np.intp)
+            self._sum[order] = np.cumsum(new) - 1
+        self._first, self._second, self._sums = p, q, starts.size
+        key = rows.astype(np.int64) * n + indices
+        i, j = i[starts].astype(np.int64), j[starts].astype(np.int64)
+        # sums of the upper triangle are those below, conjugated; -1: an entry without a pair
+        self.place = np.full(key.size, -1)
+        self.place[np.searchsorted(key, j * n + i)] = np.arange(i.size) + i.size
+        self.place[np.searchsorted(key, i * n + j)] = np.arange(i.size)
+
+    def one(self, v: np.ndarray) -> np.ndarray:
+        """Entries of N from the CSR values of one B."""
+        half = np.zeros(self._sums, dtype=v.dtype)
+        add_up(half, self._sum, v, self._first, self._second)
+        return np.concatenate((half, half.conj(), np.zeros(1, dtype=v.dtype)))[self.place]
+
+    def many(self, v: np.ndarray, place: np.ndarray) -> np.ndarray:
+        """Put the sum ``place[e]`` of each member at e, 0 where it is -1.
+
+        Members run along the fast axis, in blocks that stay in the cache.
+        """
+        out = np.zeros((v.shape[0], place.size), dtype=v.dtype)
+        if self._sums == 0:
+            return out
+        step = max(1, _CACHED // self._first.size)
+        for at in range(0, v.shape[0], step):
+            part = np.ascontiguousarray(v[at : at + step].T)
+            products = part.take(self._second, axis=0)
+            left = part.take(self._first, axis=0)
+            products *= left.conj() if np.iscomplexobj(v) else left
+            half = np.add.reduceat(products, self._starts, axis=0)
+            whole = np.concatenate((half, half.conj(), np.zeros_like(half[:1])))
+            out[at : at + step] = whole[place].T
+        return out
+
+
+def add_up(
+    out: np.ndarray, at: np.ndarray, v: np.ndarray, first: np.ndarray, second: np.ndarray
+) -> None:
+    """Add conj(v[first]) v[second] to ``out[at]``."""
+    products = v.take(first)
+    if np.iscomplexobj(products):
+        np.conj(products, out=products)
+    products *= v.take(second)
+    np.add.at(out, at, products)
+
+
+def in_rows(indptr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All (p, q) with p >= q in the same row, rows of one length at a time."""
+    counts = np.diff(indptr)
+    left, right = [], []
+    for length in np.unique(counts):
+        i, j = np.tril_indices(length)
+        starts = indptr[:-1][counts == length][:, None]
+        left.append((starts + i.astype(indptr.dtype)).reshape(-1))
+        right.append((starts + j.astype(indptr.dtype)).reshape(-1))
+    if not left:
+        return np.empty(0, indptr.dtype), np.empty(0, indptr.dtype)
+    return np.concatenate(left), np.concatenate(right)
+
+
+def _sort_by(i: np.ndarray, j: np.ndarray, n: int) -> np.ndarray:
+    """Order that sorts pairs by (i, j), in linear time: two counting sorts."""
+    size = i.size
+    by_j = (
+        scipy.sparse.csr_array(
+            (np.arange(size, dtype=np.int32), j, np.arange(size + 1)), shape=(size, n)
+        )
+        .tocsc()
+        .data
+    )
+    moved = i[by_j]
+    by_i = (
+        scipy.sparse.csr_array(
+            (np.arange(size, dtype=np.int32), moved, np.arange(size + 1)), shape=(size, n)
+        )
+        .tocsc()
+        .data
+    )
+    return by_j[by_i]
