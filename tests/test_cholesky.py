@@ -16,7 +16,7 @@ from funclsq import spare
 from funclsq.backends import available, dense, registry
 from funclsq.methods import _layout, _normal
 from funclsq.methods._dual import worthwhile
-from funclsq.methods._gram import estimate, gram_of
+from funclsq.methods._gram import estimate
 from funclsq.methods._protocol import Options
 from funclsq.methods.cholesky import NeedsDense, predict, prepare
 from funclsq.operators import DenseOp, SparseOp
@@ -453,17 +453,6 @@ def test_overflow_is_told_per_member():
     assert status[:, 0].tolist() == [Status.DIRECT, Status.NONFINITE]
     assert error(x[0].numpy(), np.linalg.lstsq(good, c.numpy())[0]) <= 1e-13
     assert x[1].isnan().all()
-
-
-def test_cancelling_entries_of_the_normal_matrix_are_kept():
-    A = np.array([[1.0, 1.0, 0.0], [1.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
-    op = sparse_op(np.abs(A))
-    gram = gram_of(op.pattern)
-    values = torch.tensor([1.0, 1.0, 1.0, -1.0], dtype=torch.float64).numpy()
-    for v in (values, np.stack([values, 2 * values])):
-        N = gram.dense(v)
-        np.testing.assert_array_equal(N[..., :, :] if v.ndim == 1 else N[0], A.T @ A)
-    np.testing.assert_array_equal(gram.dense(np.stack([values] * 2) * 1j)[1], A.T @ A)
 
 
 def test_prediction_of_the_normal_matrix():

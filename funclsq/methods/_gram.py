@@ -9,6 +9,9 @@ sorts them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 import scipy  # its subpackages load on first use
 import torch
@@ -75,25 +78,34 @@ class Gram:
     def values(self, v: np.ndarray) -> np.ndarray:
         """Values of N, (..., nnz), from the CSR values of B, (..., nnz of B)."""
         if v.ndim == 1:
-            near = self.pairs <= _MAX_ADDED and self.nnz <= _MAX_SUMS
-            return self._listed(False).one(v) if near else self._product(v)
-        if self.pairs > MAX_PAIRS:
+            if self.pairs > _MAX_ADDED or self.nnz > _MAX_SUMS:
+                return self._product(v)
+            listed = self._listed(by_sums=False)
+            blocks: Iterable[tuple[Any, np.ndarray]] = [(..., listed.one(v))]
+        elif self.pairs > MAX_PAIRS:
             return np.stack([self._product(member) for member in v])
-        listed = self._listed(True)
-        return listed.many(v, listed.place)
+        else:
+            listed = self._listed(by_sums=True)
+            blocks = listed.many(v)
+        out = spare.empty((*v.shape[:-1], self.nnz), torch.from_numpy(v).dtype).zero_().numpy()
+        for members, sums in blocks:
+            out[members, listed.upper] = sums.conj() if np.iscomplexobj(sums) else sums
+            out[members, listed.lower] = sums
+        return out
 
-    def dense(self, v: np.ndarray) -> np.ndarray:
-        """N as a full array, (..., n, n)."""
+    def written_out(self, v: np.ndarray) -> Tensor:
+        """N of a batch as (b, n, n), stored by columns; their lower triangles hold it."""
         n = self.n
-        at = self.rows.astype(np.int64) * n + self.indices
-        if v.ndim == 2 and self.pairs <= MAX_PAIRS:
-            listed = self._listed(True)
-            place = np.full(n * n, -1)
-            place[at] = listed.place
-            return listed.many(v, place).reshape(len(v), n, n)
-        out = np.zeros((*v.shape[:-1], n * n), dtype=v.dtype)
-        out[..., at] = self.values(v)
-        return out.reshape(*v.shape[:-1], n, n)
+        out = spare.empty((v.shape[0], n * n), torch.from_numpy(v).dtype).zero_()
+        place = self.indices * np.int64(n) + self.rows
+        if self.pairs <= MAX_PAIRS:
+            listed = self._listed(by_sums=True)
+            for members, sums in listed.many(v):
+                out.numpy()[members, place[listed.lower]] = sums
+        else:
+            lower = np.flatnonzero(self.rows >= self.indices)
+            out.numpy()[:, place[lower]] = self.values(v)[:, lower]
+        return out.view(v.shape[0], n, n).mT
 
     def _product(self, v: np.ndarray) -> np.ndarray:
         N = square(self.pattern, v)

@@ -92,7 +92,7 @@ class Normal:
             if self.batch is None:
                 N = full_square(op.pattern, v)
             else:
-                N = torch.from_numpy(gram_of(op.pattern).dense(v))
+                N = gram_of(op.pattern).written_out(v)
         else:
             A = op.dense()
             N = (A.mT @ A.conj()).mT  # A^H A, stored by columns

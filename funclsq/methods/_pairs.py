@@ -9,6 +9,8 @@ members. Where N is written out in full, each product is added to its place in i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import scipy  # its subpackages load on first use
 
@@ -16,11 +18,11 @@ from funclsq.pattern import SparsityPattern
 
 __all__ = ["Pairs", "add_up", "in_rows"]
 
-_CACHED = 100_000  # pairs x members multiplied at a time
+_CACHED = 100_000  # pairs x members multiplied at a time, which stay in the cache
 
 
 class Pairs:
-    """The pairs of a pattern, and the entry of N that each sum goes to.
+    """The pairs of a pattern, and which entries of N their sums are.
 
     Parameters
     ----------
@@ -29,7 +31,12 @@ class Pairs:
     rows, indices : array
         Rows and columns of the entries of N, both triangles, sorted by rows.
     by_sums : bool
-        Sort the pairs for a batch (else :meth:`one` is for them).
+        Sort the pairs for :meth:`many` (else they are for :meth:`one`).
+
+    Attributes
+    ----------
+    lower, upper : array
+        Entry of N that each sum is, and the one that its conjugate is.
     """
 
     def __init__(
@@ -48,49 +55,42 @@ class Pairs:
         else:
             self._sum = np.empty(i.size, dtype=np.intp)
             self._sum[order] = np.cumsum(new) - 1
-        self._first, self._second, self._sums = p, q, starts.size
+        self._first, self._second = p, q
         key = rows.astype(np.int64) * n + indices
         i, j = i[starts].astype(np.int64), j[starts].astype(np.int64)
-        # sums of the upper triangle are those below, conjugated; -1: an entry without a pair
-        self.place = np.full(key.size, -1)
-        self.place[np.searchsorted(key, j * n + i)] = np.arange(i.size) + i.size
-        self.place[np.searchsorted(key, i * n + j)] = np.arange(i.size)
+        self.lower, self.upper = np.searchsorted(key, i * n + j), np.searchsorted(key, j * n + i)
 
     def one(self, v: np.ndarray) -> np.ndarray:
-        """Entries of N from the CSR values of one B."""
-        half = np.zeros(self._sums, dtype=v.dtype)
-        add_up(half, self._sum, v, self._first, self._second)
-        return np.concatenate((half, half.conj(), np.zeros(1, dtype=v.dtype)))[self.place]
+        """Sums from the CSR values of one B."""
+        out = np.zeros(self.lower.size, dtype=v.dtype)
+        add_up(out, self._sum, v, self._first, self._second)
+        return out
 
-    def many(self, v: np.ndarray, place: np.ndarray) -> np.ndarray:
-        """Put the sum ``place[e]`` of each member at e, 0 where it is -1.
+    def many(self, v: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        """Sums of a batch, some members at a time: which, and (members, sums).
 
         Members run along the fast axis, in blocks that stay in the cache.
         """
-        out = np.zeros((v.shape[0], place.size), dtype=v.dtype)
-        if self._sums == 0:
-            return out
-        step = max(1, _CACHED // self._first.size)
-        for at in range(0, v.shape[0], step):
+        step = max(1, _CACHED // max(1, self._first.size))
+        for at in range(0, v.shape[0] if self.lower.size else 0, step):
             part = np.ascontiguousarray(v[at : at + step].T)
             products = part.take(self._second, axis=0)
             left = part.take(self._first, axis=0)
             products *= left.conj() if np.iscomplexobj(v) else left
-            half = np.add.reduceat(products, self._starts, axis=0)
-            whole = np.concatenate((half, half.conj(), np.zeros_like(half[:1])))
-            out[at : at + step] = whole[place].T
-        return out
+            yield slice(at, at + step), np.add.reduceat(products, self._starts, axis=0).T
 
 
 def add_up(
     out: np.ndarray, at: np.ndarray, v: np.ndarray, first: np.ndarray, second: np.ndarray
 ) -> None:
     """Add conj(v[first]) v[second] to ``out[at]``."""
-    products = v.take(first)
-    if np.iscomplexobj(products):
-        np.conj(products, out=products)
-    products *= v.take(second)
-    np.add.at(out, at, products)
+    for start in range(0, first.size, _CACHED):
+        part = slice(start, start + _CACHED)
+        products = v.take(first[part])
+        if np.iscomplexobj(products):
+            np.conj(products, out=products)
+        products *= v.take(second[part])
+        np.add.at(out, at[part], products)
 
 
 def in_rows(indptr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
