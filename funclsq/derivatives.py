@@ -56,11 +56,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from funclsq.batching import vmap_solve
 from funclsq.beneath import beneath, tracing
 from funclsq.forward_mode import nested_forward_mode, primals, transformed
+from funclsq.function import Function
 from funclsq.matrix import matmul, matmul_dot, outer, reduce_batch, rmatmul, rmatmul_dot
 from funclsq.opaque import solve_op
 from funclsq.plan import Plan

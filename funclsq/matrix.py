@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from funclsq import matrix_free
 from funclsq.batching import vmap_sddmm, vmap_spmm
 from funclsq.forward_mode import nested_forward_mode, primals
+from funclsq.function import Function
 from funclsq.opaque import sddmm_op, spmm_op
 from funclsq.pattern import SparsityPattern
 

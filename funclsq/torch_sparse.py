@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from funclsq.beneath import outside_transforms
+from funclsq.function import Function
 from funclsq.pattern import SparsityPattern
 
 __all__ = ["assemble", "is_sparse", "pattern_and_values"]
