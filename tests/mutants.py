@@ -95,6 +95,10 @@ AREAS = {
             "test_rank.py",
         ),
     ),
+    "gram": Area(
+        {"methods._gram": (), "methods._pairs": ()},
+        ("test_gram.py", "test_single_factor.py", "test_dense_rows.py"),
+    ),
     "structure": Area(
         {"pattern": (), "products": (), "entries": (), "operators": (), "sparse": ()},
         ("test_operators.py", "test_structure.py"),
@@ -153,6 +157,9 @@ EQUIVALENT: dict[str, str] = {
     "operands swapped: s.div(qnorm, self.pnorm)": "largest over smallest: inverses have the same",
     "term dropped: 1.2 * count + 3 * ": "the size of a first block, which grows until it is enough",
     "divisor dropped: normal.shift * (signs": "the size of a first block, which may be larger",
+    "_gram.__init__ scaled: N.nnz + 1": "more numbers than are read",
+    "_gram.__init__ scaled: N + scipy.sparse.diags_array": "only its sign is read",
+    "_gram.estimate scaled: _adjoint(pattern": "only its structure is read",
     ": torch.finfo(info.dtype).eps ** ": "either choice is the same but for rounding",
 }
 

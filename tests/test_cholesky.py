@@ -16,9 +16,8 @@ from funclsq import spare
 from funclsq.backends import available, dense, registry
 from funclsq.methods import _layout, _normal
 from funclsq.methods._dual import worthwhile
-from funclsq.methods._gram import estimate
 from funclsq.methods._protocol import Options
-from funclsq.methods.cholesky import NeedsDense, predict, prepare
+from funclsq.methods.cholesky import NeedsDense, prepare
 from funclsq.operators import DenseOp, SparseOp
 from funclsq.pattern import SparsityPattern
 from funclsq.solution import Status
@@ -453,17 +452,6 @@ def test_overflow_is_told_per_member():
     assert status[:, 0].tolist() == [Status.DIRECT, Status.NONFINITE]
     assert error(x[0].numpy(), np.linalg.lstsq(good, c.numpy())[0]) <= 1e-13
     assert x[1].isnan().all()
-
-
-def test_prediction_of_the_normal_matrix():
-    for A in (laplacian(30, 1), laplacian(30, 1)[:300]):
-        op = sparse_op(A)
-        guess, density = predict(op.pattern)
-        C = A if A.shape[0] >= A.shape[1] else A.T
-        N = C.T @ C
-        assert abs(guess - N.nnz) <= 0.2 * N.nnz
-        assert density == pytest.approx(guess / N.shape[0] ** 2)
-        assert estimate(op.pattern)[0] >= guess * 0.5
 
 
 REAL = [

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_cholesky import sparse_op
+import torch
+from test_cholesky import laplacian, sparse_op
 
+import funclsq as fl
 from funclsq.methods import _gram, _pairs
 
 WAYS = {"product": 0, "pairs": 1 << 20}
@@ -20,6 +22,11 @@ def sparse(kind, seed=0, m=160, n=24, density=0.15):
     A[:, 3] = 0
     A[::2] = 0
     return A
+
+
+def rows_of(*lengths, n):
+    """A matrix whose rows have so many entries, all one."""
+    return np.array([np.arange(n) < length for length in lengths], dtype=float)
 
 
 def full(gram, values):
@@ -113,3 +120,109 @@ def test_many_pairs_for_each_entry_are_left_to_the_product():
     A = np.random.default_rng(0).standard_normal((60, 5))
     assert _gram._places(sparse_op(A).pattern) is None
     assert _gram._places(sparse_op(A[:3]).pattern) is not None
+
+
+def test_the_structure():
+    A = sparse(float, n=220, m=40)
+    gram = _gram.gram_of(sparse_op(A).pattern)
+    N = (A != 0).T.astype(int) @ (A != 0)
+    expected = (N != 0) | np.eye(220, dtype=bool)  # the diagonal is stored where it is zero too
+    assert np.array_equal(np.stack((gram.rows, gram.indices)), np.nonzero(expected))
+    assert gram.indices.dtype == gram.indptr.dtype == np.int32
+    assert np.array_equal(gram.rows[gram.diagonal], np.arange(220))
+    counts = (A != 0).sum(1)
+    assert gram.pairs == (counts * (counts + 1) // 2).sum()
+    for by_sums in (False, True):
+        pairs = gram._listed(by_sums)
+        i, j = gram.rows[pairs.lower], gram.indices[pairs.lower]
+        assert np.array_equal(np.stack((i, j)), np.nonzero(np.tril(N)))
+        assert np.array_equal((gram.indices[pairs.upper], gram.rows[pairs.upper]), (i, j))
+
+
+def test_the_product_is_sorted_by_a_kept_permutation(monkeypatch):
+    monkeypatch.setattr(_gram, "_MAX_ADDED", 0)
+    A = sparse(float, n=220, m=40)
+    gram = _gram.gram_of(sparse_op(A).pattern)
+    values = sparse_op(A).csr_values.numpy()
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "searchsorted", None)  # not by looking for every entry
+        np.testing.assert_allclose(full(gram, values), A.T @ A, rtol=0, atol=1e-13)
+    values[20:] = 0  # but where entries are left out
+    B = np.zeros_like(A)
+    B[np.nonzero(A)] = values
+    np.testing.assert_allclose(full(gram, values), B.T @ B, rtol=0, atol=1e-13)
+
+
+def test_lists_up_to_their_limits(monkeypatch):
+    A = sparse(float)
+    values = sparse_op(A).csr_values.numpy()
+    pairs = _gram.gram_of(sparse_op(A).pattern).pairs
+    for limit, by_sums, make in (
+        ("_MAX_ADDED", False, lambda gram: gram.values(values)),
+        ("MAX_PAIRS", True, lambda gram: gram.values(values[None])),
+        ("MAX_PAIRS", True, lambda gram: gram.written_out(values[None])),
+    ):
+        for most in (pairs, pairs - 1):
+            gram = _gram.gram_of(sparse_op(A).pattern)
+            monkeypatch.setattr(_gram, limit, most)
+            make(gram)
+            assert (by_sums in gram._lists) == (most == pairs)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "fits"), [((8, 8, 8, 5, 2, 1, 1), True), ((8, 8, 8, 6), False)]
+)
+def test_written_out_by_pairs_up_to_twice_its_entries(lengths, fits, monkeypatch):
+    pattern = sparse_op(rows_of(*lengths, n=8)).pattern  # of 128 and 129 pairs
+    assert (_gram._places(pattern) is not None) == fits
+    pattern = sparse_op(rows_of(4, 3, n=8)).pattern  # of 16
+    monkeypatch.setattr(_gram, "_MAX_PLACES", 16 if fits else 15)
+    assert (_gram._places(pattern) is not None) == fits
+    pattern = sparse_op(rows_of(220, n=220)).pattern
+    assert _gram.gram_of(pattern).pairs == 24310
+    monkeypatch.setattr(_gram, "_MAX_PLACES", 24310 if fits else 24309)
+    assert (_gram._places(pattern) is not None) == fits
+
+
+def test_written_out_by_pairs_as_far_as_32_bits_count():
+    for n, fits in ((46340, True), (46341, False)):
+        pattern = fl.SparsityPattern(torch.tensor([0]), torch.tensor([n - 1]), (1, n))
+        assert (_gram._places(pattern) is not None) == fits
+
+
+def test_a_batch_is_gone_through_once(monkeypatch):
+    A = sparse(float)
+    gram = _gram.gram_of(sparse_op(A).pattern)
+    monkeypatch.setattr(_pairs, "_CACHED", 3 * gram.pairs)
+    batch = np.stack([sparse_op(A).csr_values.numpy()] * 7)
+    blocks = list(gram._listed(True).many(batch))
+    assert [len(sums) for _, sums in blocks] == [3, 3, 1]
+
+
+def test_prediction():
+    for A in (laplacian(30, 1), laplacian(30, 1)[:300]):  # columns are drawn, or rows
+        C = A if A.shape[0] >= A.shape[1] else A.T
+        N = C.T @ C
+        guess, density = _gram.predict(sparse_op(A).pattern)
+        assert abs(guess - N.nnz) <= 0.2 * N.nnz
+        assert density == pytest.approx(guess / N.shape[0] ** 2)
+
+
+def test_prediction_is_exact_where_columns_are_few_or_the_structure_known():
+    for A in (laplacian(10, 1).toarray(), sparse(float, n=24), sparse(float, n=24).T):
+        pattern = sparse_op(A).pattern
+        C = A if A.shape[0] >= A.shape[1] else A.T
+        n = C.shape[1]
+        nnz = np.count_nonzero((C != 0).T.astype(float) @ (C != 0).astype(float))
+        assert _gram.predict(pattern) == (nnz, nnz / n**2)
+        tall = pattern if A.shape[0] >= A.shape[1] else pattern.T
+        known = _gram.gram_of(tall).nnz
+        assert _gram.predict(pattern) == (known, known / n**2)
+
+
+def test_a_prediction_is_of_the_smaller_normal_matrix():
+    A = rows_of(30, *[1] * 5, n=30)  # A A^H is 6 x 6, A^H A full
+    assert _gram.predict(sparse_op(A).pattern)[1] == 1
+    assert _gram.predict(sparse_op(A.T.copy()).pattern)[1] == 1
+    assert _gram.estimate(sparse_op(A).pattern)[0] == 900
+    assert _gram.predict(sparse_op(A).pattern)[0] == 36
