@@ -1,0 +1,182 @@
+"""Refinement decides by the sizes of its corrections: when to stop, and what to call the result."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from funclsq.methods import _refine
+from funclsq.operators import DenseOp
+from funclsq.solution import Status
+
+EPS = 2.0**-52
+DIRECT, INACCURATE = int(Status.DIRECT), int(Status.INACCURATE)
+
+
+class Script:
+    """Corrections of these sizes, one column for each; ``powers`` are those of B dx, if others.
+
+    An image is not summed up, but has the size ``length`` throughout.
+    """
+
+    def __init__(self, *columns, powers=None, image=False, length=1.0):
+        self.sizes = np.array(columns).T
+        self.powers = self.sizes if powers is None else np.array(powers).T
+        self.image, self.length = image, length
+        self.at = -1
+
+    def pair(self):
+        """What is measured itself, |dx| or of an image |q|, and its other factor in <dx, q>."""
+        size, power = (torch.from_numpy(t[self.at][None]) for t in (self.sizes, self.powers))
+        return size, torch.where(size == 0, 0, power**2 / size)
+
+    def residual(self, x):
+        self.at += 1
+        return self.pair()[not self.image]
+
+    def rough(self, q):
+        return self.pair()[self.image]
+
+    def start(self, dx):
+        return torch.full_like(dx, self.length) if self.image else dx
+
+    def step(self, x, dx):
+        return x if self.image else x + dx
+
+    def run(self, energy=False, eps=EPS, unit=1.0):
+        B = DenseOp(torch.tensor([[unit]], dtype=torch.float64))
+        return _refine._iterate(
+            B, self.rough, self.residual, self.step, self.start, eps, energy, self.image
+        )
+
+
+def test_script():
+    script = Script([1.0, 1e-3], [2.0, 1e-4], powers=[[3.0, 1e-2], [4.0, 1e-5]])
+    q = script.residual(None)
+    np.testing.assert_allclose(_refine._power(script.rough(q), q).numpy(), [3.0, 4.0])
+    np.testing.assert_allclose(script.rough(q)[0].numpy(), [1.0, 2.0])
+
+
+def expected(*columns, **options):
+    """Corrections made and status of each column."""
+    script = Script(*columns)
+    x, status, steps = script.run(**options)
+    for j, k in enumerate(steps.tolist()):
+        assert x[0, j] == pytest.approx(sum(columns[j][: k + 1]), rel=1e-15)
+    return list(zip(steps.tolist(), status.tolist(), strict=True))
+
+
+def falling(rate, first=1.0, count=15):
+    return [first * rate**k for k in range(count)]
+
+
+@pytest.mark.parametrize("energy", [False, True])
+def test_the_last_correction_is_that_after_which_the_next_would_not_count(energy):
+    """Correction k has the size rate^k of x about 1; the next would be below eps / 4."""
+    rates = [2.0**-27, 2.0**-10, 2.0**-6, 2.0**-5, 2.0**-4]
+    want = [(k, DIRECT) for k in (1, 5, 8, 10, 13)]
+    assert expected(*map(falling, rates), energy=energy) == want
+
+
+@pytest.mark.parametrize("energy", [False, True])
+@pytest.mark.parametrize(("margin", "steps"), [(1.003, 1), (0.997, 2)])
+def test_a_quarter_of_eps_is_what_does_not_count(margin, steps, energy):
+    eps = 4 * 2.0**-24 * margin
+    assert expected(falling(2.0**-12), energy=energy, eps=eps) == [(steps, DIRECT)]
+
+
+@pytest.fixture
+def inner(monkeypatch):
+    """The inner iteration takes the next correction as it comes; how often it was called."""
+    calls = []
+
+    def stand_in(B, rough, q):
+        calls.append(q)
+        return rough(q)
+
+    monkeypatch.setattr(_refine, "_conjugate_gradients", stand_in)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("column", "steps", "status", "inner_steps"),
+    [
+        ([1.0, 0.0], 1, DIRECT, 0),
+        ([0.0], 0, DIRECT, 0),
+        ([1.0, 1e-4, 0.702e-4], 1, DIRECT, 0),  # it falls no more: rounding, left out
+        ([1.0, 1e-4, 0.698e-4, 0.0], 3, DIRECT, 1),
+        ([1.0, 0.01, 1e-6, 1e-5], 2, DIRECT, 0),  # it grows: left out
+        ([1.0, 0.298, 0.0], 2, DIRECT, 0),
+        ([1.0, 0.302, 0.0], 2, DIRECT, 1),  # too slow for plain refinement
+        ([1.0, 0.302, 0.302 * 0.29, 0.0], 3, DIRECT, 2),  # and so it is from then on
+        (falling(0.28), 14, DIRECT, 0),
+        (falling(0.5), 14, INACCURATE, 13),  # small at last, but never fast
+        (falling(2.0), 14, INACCURATE, 13),  # and no rounding before it was
+        ([1.0, 0.1, 0.998e-3 * 1.1, 1.0], 2, DIRECT, 0),  # beside x = 1.1
+        ([1.0, 0.1, 1.002e-3 * 1.1, 1.0], 2, INACCURATE, 0),
+        ([1.0, np.nan], 0, INACCURATE, 0),
+        ([1.0, 1e-4, np.nan], 1, DIRECT, 0),
+        ([1.0, 1e-4, np.inf], 1, DIRECT, 0),
+        ([np.inf], 0, int(Status.NONFINITE), 0),
+    ],
+)
+@pytest.mark.parametrize("energy", [False, True])
+def test_what_each_sequence_of_corrections_leads_to(
+    column, steps, status, inner_steps, energy, inner
+):
+    """Beside it a column that is done after one correction, and one that takes five."""
+    column = [*column, *[np.nan] * (15 - len(column))]
+    beside = falling(2.0**-27), falling(2.0**-10)
+    got = expected(column, *beside, energy=energy)
+    assert got == [(steps, status), (1, DIRECT), (5, DIRECT)]
+    assert len(inner) == inner_steps
+
+
+QUICK, SLOW, STEADY = 2.0**-27, 2.0**-5, 2.0**-10
+
+
+@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize(
+    ("plain", "power", "steps"),
+    [(QUICK, QUICK, 1), (QUICK, STEADY, 5), (STEADY, QUICK, 5), (STEADY, SLOW, 10)],
+)
+def test_with_g_both_x_and_its_image_are_to_be_right(plain, power, steps, image):
+    script = Script(falling(plain), powers=[falling(power)], image=image)
+    _, status, made = script.run(energy=True)
+    assert (made.tolist(), status.tolist()) == ([steps], [DIRECT])
+
+
+@pytest.mark.parametrize(
+    ("image", "unit", "length", "steps"),
+    [
+        (False, 1.0, 1.0, 5),
+        (False, 2.0**10, 1.0, 4),  # B x is 2^10, x still 1
+        (False, 2.0**-10, 1.0, 6),
+        (True, 2.0**10, 1.0, 5),
+        (True, 1.0, 2.0**-10, 6),
+        (True, 1.0, 2.0**10, 4),
+    ],
+)
+def test_the_power_of_a_correction_is_judged_beside_the_image(image, unit, length, steps):
+    script = Script(falling(QUICK), powers=[falling(STEADY)], image=image, length=length)
+    _, status, made = script.run(energy=True, unit=unit)
+    assert (made.tolist(), status.tolist()) == ([steps], [DIRECT])
+
+
+@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize("first", [2.0**-20, 1.0, 2.0**20])
+def test_the_size_of_a_correction_is_judged_beside_the_first(image, first):
+    script = Script(falling(STEADY, first), powers=[falling(QUICK)], image=image)
+    _, status, made = script.run(energy=True)
+    assert (made.tolist(), status.tolist()) == ([5], [DIRECT])
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_with_g_rounding_is_what_falls_in_neither_measure(image, inner):
+    """The second correction is left out if both have stopped falling; one is enough to go on."""
+    fallen, stuck = [1.0, 1e-5, 1e-10, 0.0], [1.0, 1e-5, 0.9e-5, 0.0]
+    for plain, power, steps in ((stuck, stuck, 1), (fallen, stuck, 3), (stuck, fallen, 3)):
+        plain, power = ([*t, *[0.0] * 12] for t in (plain, power))
+        got = Script(plain, powers=[power], image=image).run(energy=True)
+        assert (got[2].tolist(), got[1].tolist()) == ([steps], [DIRECT])
