@@ -45,7 +45,7 @@ class Script:
         return x if self.image else x + dx
 
     def run(self, energy=False, eps=EPS, unit=1.0):
-        B = DenseOp(torch.tensor([[unit]], dtype=torch.float64))
+        B = DenseOp(unit * torch.tensor([[0.6], [0.8]], dtype=torch.float64))
         return _refine._iterate(
             B, self.rough, self.residual, self.step, self.start, eps, energy, self.image
         )
@@ -180,3 +180,61 @@ def test_with_g_rounding_is_what_falls_in_neither_measure(image, inner):
         plain, power = ([*t, *[0.0] * 12] for t in (plain, power))
         got = Script(plain, powers=[power], image=image).run(energy=True)
         assert (got[2].tolist(), got[1].tolist()) == ([steps], [DIRECT])
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_what_is_zero_at_once_is_not_corrected(image):
+    """A solution of no length; an image of no power, whatever the right-hand side."""
+    nothing, some = [0.0] * 15, falling(STEADY)
+    script = Script(some if image else nothing, powers=[nothing if image else some], image=image)
+    _, status, steps = script.run(energy=image)
+    assert (steps.tolist(), status.tolist()) == ([0], [DIRECT])
+
+
+def test_the_power_is_the_length_of_the_image():
+    rng = np.random.default_rng(0)
+    B, dx = (rng.standard_normal(s) + 1j * rng.standard_normal(s) for s in ((6, 4), (4, 3)))
+    power = _refine._power(torch.from_numpy(dx), torch.from_numpy(B.conj().T @ B @ dx))
+    np.testing.assert_allclose(power.numpy(), np.linalg.norm(B @ dx, axis=0), rtol=1e-14)
+
+
+def conjugate_gradients(q):
+    """The powers <P q, q> of the residuals that were met on the way."""
+    B = DenseOp(torch.diag(torch.tensor([1.0, 0.7, 0.4, 0.2], dtype=torch.float64)))
+    powers = []
+
+    def rough(q):
+        powers.append(float(q.square().sum()))
+        return q
+
+    _refine._conjugate_gradients(B, rough, q)
+    return powers
+
+
+@pytest.mark.parametrize("size", [1e-8, 1.0, 1e8])
+def test_when_conjugate_gradients_stop(size, monkeypatch):
+    q = size * torch.ones((4, 1), dtype=torch.float64)
+    monkeypatch.setattr(_refine, "_DROP", 0.0)
+    powers = conjugate_gradients(q)
+    for margin, more in ((1.003, 0), (0.997, 1)):
+        monkeypatch.setattr(_refine, "_DROP", (margin * powers[2] / powers[0]) ** 0.5)
+        assert len(conjugate_gradients(q)) == 3 + more
+    monkeypatch.setattr(_refine, "_DROP", 0.0)
+    monkeypatch.setattr(_refine, "_INNER", 2)
+    assert len(conjugate_gradients(q)) == 3
+
+
+def test_with_the_inverse_one_correction_is_enough():
+    """Of the solution, of the image, and of an image of which a part is corrected at once."""
+    rng = np.random.default_rng(0)
+    A, c, g = (torch.from_numpy(rng.standard_normal(s)) for s in ((9, 4), (9, 2), (4, 2)))
+    B, inverse = DenseOp(A), torch.linalg.inv(A.mT @ A)
+    for of_c, of_g in ((c, None), (None, g), (c, g)):
+        want = inverse @ ((0 if of_c is None else A.mT @ c) + (0 if of_g is None else g))
+        x, status, steps = _refine.refine(B, lambda q: inverse @ q, of_c, of_g, EPS)
+        torch.testing.assert_close(x, want)
+        assert (steps.tolist(), status.tolist()) == ([1, 1], [DIRECT, DIRECT])
+    for fine in (None, lambda q: inverse @ q):
+        y, status, steps = _refine.refine_image(B, lambda q: inverse @ q, fine, g, EPS)
+        torch.testing.assert_close(y, A @ inverse @ g)
+        assert (steps.tolist(), status.tolist()) == ([1, 1], [DIRECT, DIRECT])
