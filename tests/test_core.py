@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from funclsq.methods import _core
 from funclsq.methods._core import Core
 from funclsq.operators import DenseOp
 from funclsq.solution import Status
@@ -180,6 +181,17 @@ def test_directions_are_known_to_twenty_times_the_tolerance(below):
     core = core_of(pairs(sine_for(1e-7), sine_for(below * 20 * rcond)), rcond)
     assert core.small.sigma.numel() == (2 if below < 1 else 1)
     assert float(core.cond) == pytest.approx(1 / (below * 20 * rcond), rel=1e-3)
+
+
+def test_to_what_the_singular_values_are_iterated(monkeypatch):
+    """To the rank tolerance, below which they are all the same."""
+    given, plain = [], _core.small_directions
+    monkeypatch.setattr(_core, "small_directions", lambda *a: given.append(a) or plain(*a))
+    core = core_of(pairs(1e-7, length=0.6), 1e-9)
+    assert float(core.top) == pytest.approx(0.6 * 2**0.5)
+    floor, most = given[0][2:]
+    assert float(floor) == pytest.approx(0.6e-9 * 2**0.5, rel=1e-3)
+    assert most == 2
 
 
 def test_a_factor_is_doubted_after_more_than_three_corrections():
