@@ -113,15 +113,6 @@ def test_the_last_block_is_the_whole_space():
     assert 18 < widths[-1] < 36
 
 
-def test_of_fewer_rows_than_columns_the_rest_is_null():
-    A = np.random.default_rng(0).standard_normal((3, 5)) + 0j
-    V, sigma = _nullspace._ritz(DenseOp(torch.from_numpy(A)), torch.eye(5, dtype=torch.complex128))
-    U, s, Vh = np.linalg.svd(A)
-    np.testing.assert_allclose(sigma.numpy(), [0, 0, *s[::-1]], atol=1e-15)
-    overlap = np.abs(Vh[:3] @ V.numpy())
-    np.testing.assert_allclose(overlap, np.eye(5)[:1:-1], atol=1e-14)
-
-
 @pytest.mark.parametrize(("length", "top"), [(1e-3, 1.0), (1e3, 1e3)])
 def test_what_is_far_below_rounding_is_left_out_where_lapack_fails(length, top, monkeypatch):
     """Beside the largest of vectors longer than one, otherwise beside one."""

@@ -121,10 +121,4 @@ def _ritz(B, V: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate V to Ritz vectors of B, singular values ascending."""
     R = qr(B.mv(V), "r")[1]
     _, sigma, Wh = torch.linalg.svd(R, full_matrices=False)
-    sigma, Wh = sigma.flip(-1), Wh.flip(-2)
-    missing = V.shape[-1] - sigma.shape[-1]
-    if missing > 0:  # fewer rows than directions: the rest is exactly null
-        full = torch.linalg.svd(R, full_matrices=True)
-        sigma = torch.nn.functional.pad(full[1].flip(-1), (missing, 0))
-        Wh = full[2].flip(-2)
-    return V @ Wh.mH, sigma
+    return V @ Wh.flip(-2).mH, sigma.flip(-1)
