@@ -4,7 +4,7 @@
     python -m tests.mutants krylov --sample 50       50 of one area, drawn by --seed
     python -m tests.mutants krylov --only stretch    those whose description matches
 
-The tests of an area take under a minute. A mutant is judged by those of them that execute its
+The tests of an area take a minute or two. A mutant is judged by those of them that execute its
 line, in a forked process, until one fails or is late. One that none of them notices survives: it
 is killed by a new test, or listed in EQUIVALENT with the reason why nothing can see it. Ends with
 status 1 if an unexplained one survived.
