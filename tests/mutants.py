@@ -92,6 +92,7 @@ AREAS = {
             "test_refinement.py",
             "test_small_directions.py",
             "test_direct_methods.py",
+            "test_normal.py",
             "test_extremes.py",
             "test_accuracy.py",
             "test_cholesky.py",

@@ -118,6 +118,7 @@ def inner(monkeypatch):
         ([1.0, np.nan], 0, INACCURATE, 0),
         ([1.0, 1e-4, np.nan], 1, DIRECT, 0),
         ([1.0, 1e-4, np.inf], 1, DIRECT, 0),
+        ([1.0, 1e-100, 1e150], 1, DIRECT, 0),  # its growth times its size leaves the range
         ([np.inf], 0, int(Status.NONFINITE), 0),
     ],
 )

@@ -104,6 +104,7 @@ def refine_image(
     )
 
 
+@np.errstate(all="ignore")  # ratios of corrections that are none, or leave the range
 def _iterate(B, rough, residual, step, start, eps, energy, image=False):
     """Refine until the corrections stop falling, per column; what decides that is NumPy's."""
     q = residual(None)
@@ -124,11 +125,10 @@ def _iterate(B, rough, residual, step, start, eps, energy, image=False):
         dx = _conjugate_gradients(B, rough, q) if (inner & ~done).any() else rough(q)
         new_plain, new_power = _norms(q if image else dx), _power(dx, q)
         seen = []
-        with np.errstate(all="ignore"):
-            if energy:
-                whole = _norms(x) if image else _norms(B.mv(x))
-                seen.append((new_power / power, new_power / whole))
-            seen.append((new_plain / plain, new_plain / (aim if image else _norms(x))))
+        if energy:
+            whole = _norms(x) if image else _norms(B.mv(x))
+            seen.append((new_power / power, new_power / whole))
+        seen.append((new_plain / plain, new_plain / (aim if image else _norms(x))))
         rate, relative = seen[0]
         fast |= rate < _FAST
         # after fast ones, a correction that has stopped falling is rounding: leave it
