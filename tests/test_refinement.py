@@ -239,3 +239,29 @@ def test_with_the_inverse_one_correction_is_enough():
         y, status, steps = _refine.refine_image(B, lambda q: inverse @ q, fine, g, EPS)
         torch.testing.assert_close(y, A @ inverse @ g)
         assert (steps.tolist(), status.tolist()) == ([1, 1], [DIRECT, DIRECT])
+
+
+@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize(
+    ("goal", "corrections"), [(4.2e-8, 1), (3.8e-8, 2), (4.2e-12, 2), (3.8e-12, 3)]
+)
+def test_no_correction_is_made_that_is_foretold_to_be_a_quarter_of_the_goal(
+    goal, corrections, image
+):
+    """Each is 1e-4 of the one before, and the first 1e-4 of the solution."""
+    rng = np.random.default_rng(1)
+    A, g = (torch.from_numpy(rng.standard_normal(s)) for s in ((9, 4), (4, 2)))
+    A = torch.linalg.qr(A).Q  # the inverse of A^H A is the identity
+    B = DenseOp(A)
+
+    def rough(q):
+        return (1 - 1e-4) * q
+
+    if image:
+        x, status, steps = _refine.refine_image(B, rough, None, g, goal)
+    else:
+        x, status, steps = _refine.refine(B, rough, None, g, goal)
+    assert steps.tolist() == [corrections, corrections]
+    assert status.tolist() == [DIRECT, DIRECT]
+    far = float((x - (A @ g if image else g)).norm() / g.norm())
+    assert far <= 2 * max(1e-4 ** (corrections + 1), EPS)

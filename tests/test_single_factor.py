@@ -184,3 +184,26 @@ def test_gradients_and_second_derivatives(damp):
         found.append((dA.detach(), db.detach(), *second))
     for mine, true in zip(*found, strict=True):
         assert error(mine.numpy(), true.numpy()) <= 1e-13
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_tolerance_saves_corrections_and_is_kept(case):
+    make, damp, by_pattern = CASES[case]
+    A = make()
+    op = sparse_op(A) if by_pattern else DenseOp(torch.from_numpy(A))
+    damp = None if damp is None else torch.from_numpy(np.asarray(damp))
+    rng = np.random.default_rng(4)
+    c = torch.from_numpy(
+        A @ rng.standard_normal((A.shape[1], 3)) + rng.standard_normal((len(A), 3))
+    )
+    full, rough, roughest, beyond = (
+        prepare(op, damp, Options(atol=atol)).solve(c, None) for atol in (None, 1e-10, 1e-6, 1.0)
+    )
+    whole = float(full.x.norm())
+    assert float((rough.x - full.x).norm()) <= 1e-10 * whole
+    assert float((roughest.x - full.x).norm()) <= 1e-6 * whole
+    assert torch.equal(roughest.x, beyond.x)
+    assert bool((rough.status == int(Status.DIRECT)).all())
+    if case != "damped by rows":  # two steps of full accuracy, as what is left may cancel
+        assert bool((rough.iterations < full.iterations).all())
+    assert bool((roughest.iterations <= rough.iterations).all())

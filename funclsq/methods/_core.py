@@ -36,6 +36,9 @@ class NeedsDense(Exception):
 class Core:
     """G = B^H B factored, with the rank of B; ``solve`` applies G^+ (B^H c + g).
 
+    Solutions are refined until the next correction is foretold to be below ``goal`` relative to
+    the solution, or below rounding.
+
     Attributes
     ----------
     rank : Tensor, () or (b,) int64
@@ -47,10 +50,16 @@ class Core:
     """
 
     def __init__(
-        self, B: Operator, rcond: float, backend: str | None, equivariant: bool = False
+        self,
+        B: Operator,
+        rcond: float,
+        backend: str | None,
+        equivariant: bool = False,
+        goal: float = 0.0,
     ) -> None:
         self.normal = Normal(B, backend, 0.0 if equivariant else rcond)
-        self._tolerance = _SLACK * max(rcond, self.normal.eps)
+        self._goal = max(goal, self.normal.eps)
+        self._tolerance = _SLACK * max(rcond, self._goal)
         self.small: Small | None = None
         self.null: Tensor | None = None  # orthonormal null vectors of B itself, zero-padded
         columns = self.normal.n - self.normal.zero.sum(-1)
@@ -160,7 +169,7 @@ class Core:
         scale = self.normal.scale.unsqueeze(-1)
         if g is not None:
             g = scale * self.project(g)
-        x, status, steps = refine(self.normal.B, self._rough, c, g, self.normal.eps)
+        x, status, steps = refine(self.normal.B, self._rough, c, g, self._goal)
         x = self.project(scale * x)
         if self.null is not None:
             # a long part of x along the null vectors leaves its rounding behind, seen by B or not
@@ -217,7 +226,7 @@ class Core:
         """Return B G^+ g, status and corrections per column."""
         g = self.normal.scale.unsqueeze(-1) * self.project(g)
         fine = None if self.small is None else self._fine
-        y, status, steps = refine_image(self.normal.B, self._rough, fine, g, self.normal.eps)
+        y, status, steps = refine_image(self.normal.B, self._rough, fine, g, self._goal)
         if self._doubtful(steps):
             status = self._judged(status, g - self.normal.B.rmv(y), None, g, y, 1)
         return self._checked(y, status, steps)

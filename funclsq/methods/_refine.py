@@ -40,7 +40,7 @@ Rough = Callable[[Tensor], Tensor]
 
 
 def refine(
-    B: Operator, rough: Rough, c: Tensor | None, g: Tensor | None, eps: float
+    B: Operator, rough: Rough, c: Tensor | None, g: Tensor | None, goal: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return x = (B^H B)^-1 (B^H c + g), status and corrections made per column.
 
@@ -52,8 +52,8 @@ def refine(
         q -> P q with P near (B^H B)^-1, Hermitian positive.
     c, g : Tensor or None, (..., m, k) and (..., n, k)
         The right-hand sides.
-    eps : float
-        Unit roundoff to reach.
+    goal : float
+        Relative size of the first correction that is not made: the unit roundoff, or more.
     """
     r: Tensor | None = None  # its memory is used again: that of new blocks costs as much as B x
 
@@ -71,11 +71,11 @@ def refine(
     def step(x: Tensor, dx: Tensor) -> Tensor:
         return x + dx
 
-    return _iterate(B, rough, residual, step, lambda dx: dx, eps, g is not None)
+    return _iterate(B, rough, residual, step, lambda dx: dx, goal, g is not None)
 
 
 def refine_image(
-    B: Operator, rough: Rough, fine: Rough | None, g: Tensor, eps: float
+    B: Operator, rough: Rough, fine: Rough | None, g: Tensor, goal: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y = B (B^H B)^-1 g, the least vector with B^H y = g, status and corrections.
 
@@ -98,14 +98,14 @@ def refine_image(
         residual,
         step,
         lambda dz: step(torch.zeros((), dtype=dz.dtype), dz),
-        eps,
+        goal,
         True,
         True,
     )
 
 
 @np.errstate(all="ignore")  # ratios of corrections that are none, or leave the range
-def _iterate(B, rough, residual, step, start, eps, energy, image=False):
+def _iterate(B, rough, residual, step, start, goal, energy, image=False):
     """Refine until the corrections stop falling, per column; what decides that is NumPy's."""
     q = residual(None)
     dx = rough(q)
@@ -141,7 +141,7 @@ def _iterate(B, rough, residual, step, start, eps, energy, image=False):
         best = np.where(done, best, np.fmin(best, relative))
         # what the next correction would bring, by the rates seen
         enough = np.all(
-            [((r < _FAST) & (size * r <= 0.25 * eps)) | ~(r < _SLOW) for r, size in seen], axis=0
+            [((r < _FAST) & (size * r <= 0.25 * goal)) | ~(r < _SLOW) for r, size in seen], axis=0
         )
         done |= ~take | (enough & (fast | (relative == 0)))
         inner |= (rate > _FAST) & ~done

@@ -29,6 +29,8 @@ from funclsq.solution import Method
 
 __all__ = ["NeedsDense", "predict", "prepare"]
 
+_ROUGHEST = 1e-6  # relative accuracy below which no refinement stops
+
 
 def prepare(
     op: Operator, damp: Tensor | None, options: Options, full_rank: bool = False
@@ -98,16 +100,17 @@ class CholeskyPrepared:
             damp = damp.to(torch.float64)
             damp = damp if self.batch is None else damp.expand(self.batch, n)
         equivariant = options.scale is True
+        goal = min(options.atol or 0.0, _ROUGHEST)
         self._problem: _Tall | _Wide | Dual
         if damp is None and m < n:
-            self._problem = _Wide(Core(flipped(op), rcond, options.backend, equivariant))
+            self._problem = _Wide(Core(flipped(op), rcond, options.backend, equivariant, goal))
         elif damp is None:
-            self._problem = _Tall(Core(op, rcond, options.backend, equivariant), 0)
+            self._problem = _Tall(Core(op, rcond, options.backend, equivariant, goal), 0)
         elif worthwhile(op, damp):
             self._problem = Dual(op, damp, rcond, options.backend)
         else:
             stacked = StackedOp(op, damp)
-            self._problem = _Tall(Core(stacked, rcond, options.backend, equivariant), n)
+            self._problem = _Tall(Core(stacked, rcond, options.backend, equivariant, goal), n)
         core = self._problem.core
         self.full = core.normal.full
         self.cond: Tensor = core.cond.to(torch.float64)
