@@ -9,7 +9,7 @@ import torch
 
 import funclsq as fl
 from funclsq.methods import auto
-from funclsq.methods._price import SPARSE_FACTOR, Price
+from funclsq.methods._price import HARD, SPARSE_FACTOR, Price
 from funclsq.operators import SparseOp
 
 
@@ -58,7 +58,7 @@ FULL = ", a dense one here: the sparse factor would be nearly full"
     ("A", "damp", "k", "chosen"),
     [
         (_random(4000, 400, 6), 0.0, None, "lsmr"),  # well-conditioned: a few iterations do
-        (_random(8000, 800, 6, seed=5), 0.0, 2, "lsmr"),
+        (_random(20_000, 2000, 10, seed=5), 0.0, 2, "lsmr"),
         (_random(4000, 400, 6, seed=6), 0.0, 64, "cholesky"),  # many share a factor
         (_grid(60), 0.01, None, "cholesky"),  # thousands of iterations, a thin factor
         (_chain(3000), 0.01, None, "cholesky"),
@@ -147,7 +147,10 @@ def test_why_under_vmap():
 
 
 class Known:
-    value, exact = 130.0, True
+    exact = True
+
+    def after(self, steps):
+        return 130.0
 
 
 def test_the_watch_tells_steady_from_slowing():
@@ -171,8 +174,8 @@ def test_the_watch_tells_steady_from_slowing():
 
 def test_derivatives_to_come_weigh_for_a_factor():
     """The same matrix, with a loose tolerance: iterated on for x alone, factored for a gradient."""
-    A = _random(3000, 500, 5, seed=2)
-    A = sp.hstack([A, A + _random(3000, 500, 5, seed=3) / 4]).tocsr()
+    A = _random(4200, 700, 5, seed=2)
+    A = sp.hstack([A, A + _random(4200, 700, 5, seed=3) / 4]).tocsr()
     S, b = fl.SparsityPattern(*A.tocoo().coords, A.shape), _sizes(A)
     fresh = (torch.from_numpy(A.data * (1 + i / 64)) for i in range(10))
 
@@ -193,3 +196,42 @@ def test_derivatives_to_come_weigh_for_a_factor():
     torch.func.grad(loss)(next(fresh))
     torch.func.jvp(loss, (next(fresh),), (torch.ones(A.nnz, dtype=torch.float64),))
     assert seen == ["cholesky", "cholesky"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "goal", "damped", "steps"),
+    [
+        ((20_000, 2000), 2.0**-52, False, 31.9),
+        ((2000, 20_000), 2.0**-52, False, 31.9),
+        ((100_000, 64), 2.0**-52, False, 2 * auto.CHECK_EVERY),  # 10 by the formula
+        ((1850, 712), 2.0**-52, False, auto.MOST_LIKELY),  # 77
+        ((1850, 712), 1e-8, False, 40.0),
+        ((1850, 712), 2.0**-52, True, 2 * auto.CHECK_EVERY),  # damping may be strong
+        ((400, 400), 2.0**-52, False, auto.MOST_LIKELY),  # no bound by this formula
+        ((400, 0), 2.0**-52, False, 2 * auto.CHECK_EVERY),
+    ],
+)
+def test_the_fewest_iterations_that_a_trial_is_hoped_to_take(shape, goal, damped, steps):
+    assert auto._fewest(shape, goal, damped) == pytest.approx(steps, rel=2e-3)
+
+
+def test_no_trial_is_made_where_random_entries_would_take_too_many(products):
+    A = _random(1850, 712, 5)
+    b = _sizes(A).requires_grad_()
+    S = fl.SparsityPattern(*_places(A), A.shape)
+    counts = []
+    for solver in ("cholesky", "auto"):
+        products.clear()
+        x = fl.lstsq(fl.Sparse(S, torch.from_numpy(A.data)), b, solver=solver)
+        x.sum().backward()
+        counts.append(len(products))
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_dense_factor_is_dearer_where_iterations_are_many():
+    """It is in double precision there, after one in single precision has been made."""
+    price = Price(_op(_random(6000, 3000, 6, seed=3)), None)
+    price.settle()
+    assert price.after(HARD - 1) == price.value < price.most / 3 == price.after(HARD) / 3
+    small = Price(_op(_random(4000, 400, 6)), None)  # too small for single precision
+    assert small.after(1) == small.after(HARD) == small.settle()

@@ -1,29 +1,36 @@
 """What a direct solve costs, in iterations of lsmr: the unit in which ``auto`` decides.
 
-Both costs are sums over the sizes of the problem, with coefficients fitted to 20 problems (grids,
-bundle adjustment, regression, pose graphs, random patterns) on one thread of an x86-64 server of
-2023, where their ratio is right within a factor of 2. Only the ratio matters.
+Both costs are sums over the sizes of the problem, with coefficients fitted to 29 problems (grids,
+bundle adjustment, regression, pose graphs, tomography, random patterns) on one thread of an x86-64
+server of 2023, where their ratio is right within a factor of 2 for 27 and 3 for the others. Only
+the ratio matters.
+
+A dense factor is in single precision where A is well conditioned, in double where it is not, found
+after a factor in single has been made. Which one it will be tells the number of iterations that
+lsmr takes, about (1/2) log(2 / eps) cond = 18 cond.
 """
 
 from __future__ import annotations
 
 from funclsq.backends import dense
+from funclsq.methods._core import EASIEST
 from funclsq.methods._dense_rows import sparse_part
 from funclsq.methods._gram import gram_of, predict
 from funclsq.methods._layout import analysis
 from funclsq.methods._normal import DENSE_FILL, DENSE_ORDER
 from funclsq.operators import SparseOp
 
-__all__ = ["Price"]
+__all__ = ["HARD", "Price"]
 
-SPARSE_FACTOR = 60.0  # iterations, where the factor has not been laid out: 30 to 90 were measured
+SPARSE_FACTOR = 80.0  # iterations, where the factor has not been laid out: 40 to 180 were measured
+HARD = 18 * EASIEST  # iterations from which on a dense factor is one in double precision
 _LARGEST = 1e4
 
 # Nanoseconds.
-_STEP, _STEP_SIZE, _STEP_ENTRY = 1.1e5, 8.0, 2.0  # of lsmr: once, per row and column, per entry
-_BASE, _SIZE, _ENTRY = 2.5e6, 600.0, 77.0  # of a direct solve, besides its factor
-_FLOP, _FACTOR_ENTRY = 0.09, 41.0  # of a sparse factor and solves with it
-_DENSE_FLOP, _PAIR = 0.08, 6.0  # of a dense one; per pair of entries in a row, to form A^H A
+_STEP, _STEP_SIZE, _STEP_ENTRY = 7.5e4, 3.7, 1.5  # of lsmr: once, per row and column, per entry
+_BASE, _ENTRY, _PAIR = 3.4e6, 66.0, 2.3  # of a direct solve: once, per entry, per pair in a row
+_FLOP, _FACTOR_ENTRY = 0.04, 80.0  # of a sparse factor and solves with it
+_SINGLE_FLOP, _DENSE_FLOP = 0.02, 0.075  # of a dense one: single precision, double after single
 
 
 class Price:
@@ -31,6 +38,10 @@ class Price:
 
     Attributes
     ----------
+    value : float
+        For a matrix on which lsmr takes fewer than HARD iterations.
+    most : float
+        For any other.
     exact : bool
         Whether the size of the factor is known, not supposed.
     """
@@ -44,15 +55,18 @@ class Price:
         self.exact = True
         order = min(m, n)
         if predict(op.pattern)[1] > DENSE_FILL:
-            pairs = op.pattern.nnz_unique**2 / max(m, n)
             if order <= DENSE_ORDER:
-                self.value = self._in_steps(_PAIR * pairs + _DENSE_FLOP * order**3 / 3)
+                self._dense(order, order**3 / 3)
             else:
-                self.value = _LARGEST
+                self.value = self.most = _LARGEST
             return
-        self.value, self.exact = SPARSE_FACTOR, False
+        self.value, self.most, self.exact = SPARSE_FACTOR, SPARSE_FACTOR, False
         if self._pattern.cache.get("price_known"):
             self.settle()
+
+    def after(self, steps: float) -> float:
+        """The price where lsmr takes so many iterations."""
+        return self.value if steps < HARD else self.most
 
     def settle(self) -> float:
         """Lay the factor out (once per pattern) where the backend tells its size."""
@@ -61,14 +75,21 @@ class Price:
             symbolic = analysis(gram, self._name, self._dtype, None)
             work = getattr(symbolic, "work", None)
             if isinstance(symbolic, dense.Symbolic):
-                self.value = self._in_steps(_DENSE_FLOP * symbolic.work[1])
+                self._dense(min(self._pattern.shape), symbolic.work[1])
             elif work is not None:
                 entries, flops = work
-                self.value = self._in_steps(_FLOP * flops + _FACTOR_ENTRY * entries)
+                self.value = self.most = self._in_steps(_FLOP * flops + _FACTOR_ENTRY * entries)
             self.exact = True
             self._pattern.cache["price_known"] = True
         return self.value
 
+    def _dense(self, order: int, flops: float) -> None:
+        single = order >= dense.SINGLE_ORDER
+        self.most = self._in_steps(_DENSE_FLOP * flops)
+        self.value = self._in_steps(_SINGLE_FLOP * flops) if single else self.most
+
     def _in_steps(self, factor: float) -> float:
-        besides = _BASE + _SIZE * sum(self._pattern.shape) + _ENTRY * self._pattern.nnz_unique
+        count = self._pattern.nnz_unique
+        pairs = count**2 / max(self._pattern.shape)  # of entries in a row, rows being alike
+        besides = _BASE + _ENTRY * count + _PAIR * pairs
         return min((factor + besides) / self._step, _LARGEST)

@@ -41,6 +41,7 @@ SMALL_ENTRIES = 1 << 14  # m n up to which one sparse matrix is written out for 
 SMALL_BATCHED = 8  # min(m, n) up to which each matrix of a sparse batch is
 WRITABLE_ENTRIES = 1 << 25  # m n up to which a rank-deficient one is
 CHECK_EVERY = 12  # iterations after which a trial may be given up
+MOST_LIKELY = 64.0  # iterations that an easy matrix is supposed to take at most
 SLACK = 1.0  # the prices of a factor that a trial may cost at most
 GROWTH = 3.0  # what is foretold grows so many times what it grew since the last check
 
@@ -142,7 +143,7 @@ class PreparedAuto:
     def _dear(self, rhs: Tensor | None) -> bool:
         """Whether so many columns cost more by lsmr than by a factor yet to be made."""
         assert rhs is not None
-        price = Price(self._op, self._options.backend).value
+        price = Price(self._op, self._options.backend).after(self._steps)
         return _columns(rhs.shape[-1]) * self._steps > 2 * price
 
     def _trial(self, c: Tensor, g: Tensor | None) -> Raw | None:
@@ -155,8 +156,6 @@ class PreparedAuto:
             return None
         share = _columns(c.shape[-1])
         price = Price(self._op, self._options.backend)
-        if price.value < 2 * CHECK_EVERY * share and price.settle() < 2 * CHECK_EVERY * share:
-            return None
         options = dataclasses.replace(self._options, callback=None, progress=False)
         trial = prepare_lsmr(self._op, self._damp, options, self._full_rank)
         tall = self._op.shape[0] >= self._op.shape[1] or self._damp is not None
@@ -165,6 +164,9 @@ class PreparedAuto:
         factor = share * self._runs
         if trial.assumed_deficient:  # a probe for the rank, to eps^(1/2), on one column, follows
             factor += min(1.0, 0.5 * math.log(eps) / math.log(goal))
+        least = factor * _fewest(self._op.shape, goal, self._damp is not None)
+        if price.value < least and price.settle() < least:
+            return None
         watch = _Watch(price, share, factor, goal)
         supposed = trial.supposing_full_rank() if tall else trial
         supposed = supposed.with_options(dataclasses.replace(options, callback=watch))
@@ -175,7 +177,7 @@ class PreparedAuto:
         if not _converged(raw.status):
             return None
         if tall:
-            most = math.ceil(SLACK * price.value)
+            most = math.ceil(SLACK * price.most)
             most = most if options.maxiter is None else min(most, options.maxiter)
             trial = trial.with_options(dataclasses.replace(options, maxiter=most))
             if trial.deficient:
@@ -239,8 +241,25 @@ class _Watch:
         return self._dear(count, foretold)
 
     def _dear(self, count: int, foretold: float) -> bool:
-        price, made = self._price.value, self._share * count
+        price, made = self._price.after(foretold), self._share * count
         return self._factor * foretold > price + made or made > SLACK * price
+
+
+def _fewest(shape: tuple[int, int], goal: float, damped: bool) -> float:
+    """Iterations of lsmr below which no trial is hoped to end.
+
+    A matrix with independent random entries has, with y = n / m, the condition number
+    c = (1 + sqrt(y)) / (1 - sqrt(y)) (Marchenko and Pastur), and lsmr gains (c + 1) / (c - 1) =
+    1 / sqrt(y) in each iteration. Few matrices in use are better conditioned: of 20 test problems
+    none took less than 0.9 of these iterations. Those that are, such as one near the identity, are
+    the reason not to count on more than MOST_LIKELY.
+    """
+    small, large = sorted(shape)
+    if damped or small == 0:
+        return 2.0 * CHECK_EVERY
+    gain = 0.5 * math.log(large / small)
+    random = math.log(2 / goal) / gain if gain else math.inf
+    return min(max(random, 2.0 * CHECK_EVERY), MOST_LIKELY)
 
 
 def _columns(k: int) -> float:
