@@ -154,7 +154,7 @@ class MatrixFreeOp:
             Y = X.new_zeros((*X.shape[:-2], s.shape[0], X.shape[-1]))
         else:
             Y = s.call(s.matvec, self.params, X, s.shape[0]).detach()
-        return Y if out is None else out.copy_(Y)
+        return Y.clone() if out is None else out.copy_(Y)  # it may be X, or be written over
 
     def rmv(self, Y: Tensor, out: Tensor | None = None) -> Tensor:
         """X = A^H Y."""
@@ -172,7 +172,7 @@ class MatrixFreeOp:
                         "cannot be derived from it. Pass rmatvec."
                     )
                 (X,) = torch.autograd.grad(image, v, Y.expand_as(image))
-        return X if out is None else out.copy_(X)
+        return X.clone() if out is None else out.copy_(X)
 
     def scaled(self, row: Tensor | None = None, col: Tensor | None = None) -> ScaledOp:
         """Return diag(row) A diag(col)."""

@@ -71,7 +71,8 @@ class PreparedForeign:
         if x.dtype != b.dtype:
             raise ValueError(f"lstsq: {name} must return dtype {b.dtype}; got {x.dtype}.")
         x = x.detach()
-        return x.reshape(*b.shape[:-2], rows, b.shape[-1]), status
+        # a copy: it may be b, or be written over by the next call
+        return x.reshape(*b.shape[:-2], rows, b.shape[-1]).clone(), status
 
 
 def prepare(
