@@ -11,10 +11,13 @@ import warnings
 import torch
 from torch import Tensor
 
+from funclsq import spare
+
 __all__ = ["FEW_TERMS", "csr_mm", "csr_tensor", "sddmm_csr", "sddmm_few"]
 
 COLUMN_BLOCK = 8  # columns at a time where more would not stay in the cache, and their multiples
 CACHE = 3 << 20  # bytes of X that do
+LARGE = 1 << 20  # bytes of a result from which on memory that was used before is looked for
 SMALL_WORK = 1 << 18  # nnz x columns below which the cost of a call outweighs that
 FEW_TERMS = 4  # columns up to which gathering them one by one is 2 to 3 times faster
 _lock = threading.Lock()
@@ -38,13 +41,17 @@ def csr_mm(matrix: Tensor, X: Tensor, out: Tensor | None = None) -> Tensor:
 
     Rows of X are read in the order of the indices, so that X is cut into blocks of columns which
     stay in the cache: 1.3 to 1.9 times faster than 64 columns at once for 20,000 rows of X, where
-    64 columns at once are 1.7 times faster for 2,000.
+    64 columns at once are 1.7 times faster for 2,000. A large result, and the blocks, lie in memory
+    that was used before: with fresh memory a product of 20,000 x 2,000 and 64 columns takes 23 ms, of
+    which 17 are the system's for handing it out.
 
     Cost: 2 nnz k flops; reads the values and indices once per block.
     """
     (m, n), k = matrix.shape, X.shape[1]
     if matrix._nnz() == 0 or k == 0 or m == 0:
         return X.new_zeros((m, k)) if out is None else out.zero_()
+    if out is None and m * k * X.element_size() >= LARGE and not X.is_cuda:
+        out = spare.empty((m, k), X.dtype)
     if k == 1:  # a true matrix-vector product is up to 1.9 times faster than addmm
         if out is None:
             return torch.mv(matrix, X.squeeze(1)).unsqueeze(1)
@@ -58,9 +65,11 @@ def csr_mm(matrix: Tensor, X: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.addmm(out, matrix, X, beta=0, out=out)
     if out is None:
         out = X.new_empty((m, k))
+    memory = spare.empty((n * width,), X.dtype)
     for start in range(0, k, width):
-        stop = min(start + width, k)
-        out[:, start:stop] = torch.mm(matrix, X[:, start:stop].contiguous())
+        part = X[:, start : start + width]
+        block = memory[: part.numel()].view(part.shape).copy_(part)
+        out[:, start : start + width] = torch.mm(matrix, block)
     return out
 
 

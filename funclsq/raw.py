@@ -228,8 +228,9 @@ def _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x, check, need_s):
     else:
         x, s, result = _applied(entry, entry.prepared, w, weighted, g, as_is)
         if need_s and s is None:
-            ax = entry.op.mv(x)
-            s = ax if c is None else ax - c
+            s = entry.op.mv(x)
+            if c is not None:
+                s = torch.sub(s, c, out=s)
             followed = plan.differentiated or not norms
             if d2 is not None and followed and plan.options.solver in _REFINED:
                 refined, s = recovered(plan, entry, w, d2, c, g, x, s, _again)

@@ -19,7 +19,7 @@ __all__ = ["clear", "copied", "empty", "is_large"]
 
 _LARGE = 1 << 22  # bytes from which it is worth it
 _SMALL = 1 << 16  # bytes below which the allocator does as well
-_PIECES = 4
+_PIECES = 8
 _BYTES = 1 << 28
 
 _lock = threading.RLock()  # a finalizer may run wherever memory is allocated

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from funclsq import raw, spare
+from funclsq import products, raw, spare
 
 MIB = 1 << 20
 
@@ -37,7 +37,7 @@ def test_memory_of_large_copies_is_used_again_only_when_nobody_holds_it():
     del second, third
     held = [spare.copied(t[i:]) for i in range(20)]
     del held
-    assert len(spare._spare) <= 4
+    assert len(spare._spare) <= 8
     raw.clear_cache()
     assert not spare._spare
 
@@ -73,10 +73,37 @@ def test_memory_of_another_size_is_left_alone():
     assert d.data_ptr() != where
 
 
-def test_four_pieces_of_a_quarter_gibibyte_in_all_are_kept():
-    for count, pieces, left in ((MIB, 6, 4), (24 * MIB, 3, 2), (66 * MIB, 1, 0)):
+def test_eight_pieces_of_a_quarter_gibibyte_in_all_are_kept():
+    for count, pieces, left in ((MIB, 10, 8), (24 * MIB, 3, 2), (66 * MIB, 1, 0)):
         spare.clear()
         copies = [spare.copied(torch.empty(count)) for _ in range(pieces)]
         assert len(spare._spare) == 0
         del copies
         assert [m.nbytes for m in spare._spare] == [4 * count] * left
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+@pytest.mark.parametrize("k", [1, 3, 40])
+def test_a_large_product_lies_in_memory_that_was_used(k, dtype, monkeypatch):
+    """And reads nothing of what was there before."""
+    monkeypatch.setattr(spare, "_SMALL", 0)
+    monkeypatch.setattr(products, "CACHE", 1)  # blocks of eight columns
+    monkeypatch.setattr(products, "SMALL_WORK", 1)
+    A = torch.randn(30, 20, dtype=dtype)
+    A[torch.rand(30, 20) < 0.7] = 0
+    A[3] = 0
+    S, X = A.to_sparse_csr(), torch.randn(20, k, dtype=dtype)
+    size = 30 * k * X.element_size()
+    for larger, reused in ((size, True), (size + 1, False)):
+        monkeypatch.setattr(products, "LARGE", larger)
+        stale = spare.empty((30, k), dtype).fill_(torch.nan)
+        where = stale.data_ptr()
+        del stale
+        Y = products.csr_mm(S, X)
+        torch.testing.assert_close(Y, A @ X)
+        assert (Y.data_ptr() == where) is reused
+        again = products.csr_mm(S, 2 * X)  # Y is held
+        torch.testing.assert_close(again, 2 * A @ X)
+        torch.testing.assert_close(Y, A @ X)
+        del Y, again
+        spare.clear()
