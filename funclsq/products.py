@@ -42,8 +42,8 @@ def csr_mm(matrix: Tensor, X: Tensor, out: Tensor | None = None) -> Tensor:
     Rows of X are read in the order of the indices, so that X is cut into blocks of columns which
     stay in the cache: 1.3 to 1.9 times faster than 64 columns at once for 20,000 rows of X, where
     64 columns at once are 1.7 times faster for 2,000. A large result, and the blocks, lie in memory
-    that was used before: with fresh memory a product of 20,000 x 2,000 and 64 columns takes 23 ms, of
-    which 17 are the system's for handing it out.
+    that was used before: with fresh memory a product of 20,000 x 2,000 and 64 columns takes 23 ms,
+    of which 17 are the system's for handing it out.
 
     Cost: 2 nnz k flops; reads the values and indices once per block.
     """
