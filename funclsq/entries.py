@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from funclsq import spare
 from funclsq.pattern import SparsityPattern
 from funclsq.products import FEW_TERMS, csr_tensor, sddmm_csr, sddmm_few
 
@@ -19,7 +20,7 @@ def entries_to_csr(pattern: SparsityPattern, values: Tensor) -> Tensor:
     """Bring values in entry order to canonical CSR order, repeated entries summed."""
     order = pattern.permutation("order", values.device)
     if order is not None:
-        values = values.index_select(-1, order)
+        values = spare.taken(values, order)
     slot = pattern.permutation("slot", values.device)
     if slot is not None:
         out = values.new_zeros((*values.shape[:-1], pattern.nnz_unique))
@@ -30,25 +31,27 @@ def entries_to_csr(pattern: SparsityPattern, values: Tensor) -> Tensor:
 def csr_to_entries(pattern: SparsityPattern, csr_values: Tensor) -> Tensor:
     """Read CSR slots back in entry order (the adjoint of :func:`entries_to_csr`)."""
     index = pattern.permutation("inverse_order", csr_values.device)
-    return csr_values if index is None else csr_values.index_select(-1, index)
+    return csr_values if index is None else spare.taken(csr_values, index)
 
 
 def sddmm(pattern: SparsityPattern, U: Tensor, V: Tensor, batched: bool) -> Tensor:
     """sum_k U[row, k] conj(V[col, k]) at each entry; summed over members unless ``batched``."""
     if U.ndim == 3 and not batched:
         U, V = (t.movedim(0, 1).flatten(1) for t in (U, V))
-    if U.ndim == 2:
-        out = _sampled(pattern, U, V)
+    few = U.shape[-1] <= FEW_TERMS and U.device.type == "cpu"
+    if U.ndim == 2 or few:
+        out = _sampled(pattern, U, V, few)
     else:
         count = U.shape[0]
         if count == 0:
             return U.new_zeros((0, pattern.nnz))
-        out = _sampled(pattern.repeated(count), U.flatten(0, 1), V.flatten(0, 1)).view(count, -1)
+        out = _sampled(pattern.repeated(count), U.flatten(0, 1), V.flatten(0, 1), False)
+        out = out.view(count, -1)
     return csr_to_entries(pattern, out)
 
 
-def _sampled(pattern: SparsityPattern, U: Tensor, V: Tensor) -> Tensor:
-    if U.shape[1] <= FEW_TERMS and U.device.type == "cpu":
+def _sampled(pattern: SparsityPattern, U: Tensor, V: Tensor, few: bool) -> Tensor:
+    if few:
         rows, cols = (pattern.tensor(name, U.device) for name in ("csr_rows", "indices"))
         return sddmm_few(rows, cols, U, V)
     return sddmm_csr(_csr(pattern, U.dtype, U.device), U, V)

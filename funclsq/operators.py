@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from funclsq import spare
 from funclsq.entries import entries_to_csr
 from funclsq.pattern import SparsityPattern
 from funclsq.products import csr_mm, csr_tensor
@@ -113,7 +114,8 @@ class SparseOp:
         """CSR tensor of A^H (block diagonal over a batch)."""
         if self._adjoint is None:
             p = self._whole()
-            values = self.csr_values.reshape(-1).index_select(0, p.tensor("t_perm", self.device))
+            order = self.pattern.tensor("t_perm", self.device)
+            values = spare.taken(self.csr_values, order).reshape(-1)
             self._adjoint = csr_tensor(
                 p.tensor("t_indptr", self.device),
                 p.tensor("t_indices", self.device),
@@ -154,9 +156,9 @@ class SparseOp:
         """Return diag(row) A diag(col)."""
         values = self.csr_values
         if row is not None:
-            values = values * row.index_select(-1, self.pattern.tensor("csr_rows", self.device))
+            values = values * spare.taken(row, self.pattern.tensor("csr_rows", self.device))
         if col is not None:
-            values = values * col.index_select(-1, self.pattern.tensor("indices", self.device))
+            values = values * spare.taken(col, self.pattern.tensor("indices", self.device))
         return SparseOp(self.pattern, values)
 
     def column_norms(self) -> Tensor:

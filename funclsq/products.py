@@ -89,11 +89,12 @@ def sddmm_csr(matrix: Tensor, U: Tensor, V: Tensor) -> Tensor:
 def sddmm_few(rows: Tensor, cols: Tensor, U: Tensor, V: Tensor) -> Tensor:
     """The same for few columns, entry e at (rows[e], cols[e]): gathered, multiplied, added up.
 
+    U and V may be batches, (b, m, k) and (b, n, k).
     Memory: two vectors of nnz entries besides the result.
     """
     out = None
-    for u, v in zip(U.unbind(1), V.unbind(1)):
-        part = u.contiguous().index_select(0, rows)
-        part *= v.conj().resolve_conj().contiguous().index_select(0, cols)
+    for u, v in zip(U.unbind(-1), V.unbind(-1)):
+        part = spare.taken(u.contiguous(), rows)
+        part *= spare.taken(v.conj().resolve_conj().contiguous(), cols)
         out = part if out is None else out.add_(part)
-    return U.new_zeros(rows.shape[0]) if out is None else out
+    return U.new_zeros((*U.shape[:-2], rows.shape[0])) if out is None else out

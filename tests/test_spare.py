@@ -107,3 +107,28 @@ def test_a_large_product_lies_in_memory_that_was_used(k, dtype, monkeypatch):
         torch.testing.assert_close(Y, A @ X)
         del Y, again
         spare.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+@pytest.mark.parametrize("index", [[2, 0, 2, 4, 1], []])
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (0, 5)])
+def test_what_is_taken_is_what_torch_selects(shape, index, dtype):
+    t, index = torch.randn(shape, dtype=dtype), torch.tensor(index, dtype=torch.int32)
+    for some in (t, t.conj(), t.mul(2).requires_grad_()):
+        want = some.index_select(-1, index)
+        got = spare.taken(some, index)
+        assert torch.equal(got, want) and got.requires_grad == want.requires_grad
+        assert not got.is_conj()
+    wide = torch.randn(4, 10, dtype=dtype)[:, ::2]  # not contiguous
+    assert torch.equal(spare.taken(wide, index), wide.index_select(-1, index))
+
+
+def test_what_is_taken_from_a_batch_lies_in_memory_that_was_used(monkeypatch):
+    monkeypatch.setattr(spare, "_SMALL", 0)
+    t, index = torch.randn(3, 5), torch.tensor([4, 4, 0, 1])
+    stale = spare.empty((3, 4), t.dtype)
+    where = stale.data_ptr()
+    del stale
+    got = spare.taken(t, index)
+    assert got.data_ptr() == where
+    assert torch.equal(got, t[:, [4, 4, 0, 1]])

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from funclsq import spare
 from funclsq.backends import NotPositive, dense
 from funclsq.methods._dense_rows import Border, dense_rows, sparse_part
 from funclsq.methods._gram import Gram, estimate, full_square, gram_of
@@ -197,7 +198,7 @@ def flipped(op: Operator) -> Operator:
     """A^H as an operator of its own."""
     if isinstance(op, SparseOp):
         p = op.pattern
-        values = op.csr_values.index_select(-1, p.tensor("t_perm", op.device))
+        values = spare.taken(op.csr_values, p.tensor("t_perm", op.device))
         return SparseOp(p.T, values.conj().resolve_conj())
     return DenseOp(op.dense().mH.resolve_conj().contiguous())
 
