@@ -113,7 +113,7 @@ AREAS = {
     ),
     "structure": Area(
         {"pattern": (), "products": (), "entries": (), "operators": (), "sparse": ()},
-        ("test_operators.py", "test_structure.py"),
+        ("test_operators.py", "test_structure.py", "test_spare.py"),
     ),
     "bridge": Area(
         {
@@ -174,7 +174,7 @@ EQUIVALENT: dict[str, str] = {
     "off by one: range(steps)": "an estimate, and better by one step",
     "nullspace._in_steps off by one: range(2)": "a third projection takes nothing more away",
     "nnz_unique twin: self.indices": "A and its transpose store as many entries",
-    "comparison flipped: U.shape[1] <= FEW_TERMS": "both ways give the same but for rounding",
+    "comparison flipped: U.shape[-1] <= FEW_TERMS": "both ways give the same but for rounding",
     "csr_rows twin: self.indices": "only its dtype is taken",
     ": 1 / safe": "more norms are found in the careful way, which is as right",
     "_purify scaled: self._nulls * scale": "what is made orthonormal next may have any length",
