@@ -149,27 +149,43 @@ def test_why_under_vmap():
 class Known:
     exact = True
 
+    def __init__(self, value, most=None):
+        self.value, self.most = value, most or value
+
     def after(self, steps):
-        return 130.0
+        return self.value if steps < HARD else self.most
+
+
+def run(rates, price=None):
+    """The iteration at which a trial with these rates of ||A^H r|| is given up."""
+    watch = auto._Watch(price or Known(130.0), 1.0, 1.0, 1e-16)
+    size = 1.0
+    for count in range(1, 2000):
+        size *= rates(count)
+        if size < 1e-16:
+            return None
+        state = {"iteration": count, "normal_residual_norm": np.array([size])}
+        try:
+            watch(state | {"residual_norm": np.array([1.0])})
+        except auto._TooSlow:
+            return count
 
 
 def test_the_watch_tells_steady_from_slowing():
-    def run(rates):
-        watch = auto._Watch(Known(), 1.0, 1.0, 1e-16)
-        size = 1.0
-        for count in range(1, 120):
-            size *= rates(count)
-            state = {"iteration": count, "normal_residual_norm": np.array([size])}
-            try:
-                watch(state | {"residual_norm": np.array([1.0])})
-            except auto._TooSlow:
-                return count
-        return None
-
     assert run(lambda count: 0.6) is None  # 72 iterations
     assert run(lambda count: 0.995) == auto.CHECK_EVERY
     assert run(lambda count: 0.6 if count < 6 else 0.97) <= 3 * auto.CHECK_EVERY
     assert run(lambda count: 1.001) == auto.CHECK_EVERY
+
+
+def test_a_trial_is_given_up_sooner_while_what_remains_does_not_get_less():
+    def slowing(count):  # sizes 1 / count^2: what remains rises for as long as one looks
+        return ((count - 1) / count) ** 2 if count > 1 else 1.0
+
+    assert run(slowing, Known(1200.0)) == 408  # the first check after 1200 / 3
+    assert run(slowing, Known(600.0, 1200.0)) == 408  # a factor for what is not well conditioned
+    steady = Known(160.0)  # 92 iterations, all but 2 of them foretold from the first check on
+    assert run(lambda count: 0.67, steady) is None
 
 
 def test_derivatives_to_come_weigh_for_a_factor():

@@ -43,6 +43,7 @@ WRITABLE_ENTRIES = 1 << 25  # m n up to which a rank-deficient one is
 CHECK_EVERY = 12  # iterations after which a trial may be given up
 MOST_LIKELY = 64.0  # iterations that an easy matrix is supposed to take at most
 SLACK = 1.0  # the prices of a factor that a trial may cost at most
+HOPELESS = 1 / 3  # the same, where what remains does not get less
 GROWTH = 3.0  # what is foretold grows so many times what it grew since the last check
 
 
@@ -212,14 +213,17 @@ class _Watch:
 
     The rate at which ||A^H r|| fell since the second iteration foretells the iterations that the
     answer takes; where the rate slows down, what it foretells rises from check to check, and
-    is taken to rise GROWTH times as much again. An answer costs ``factor`` times as much as so
-    many steps on one column, the probe for the rank included. Giving up costs the steps made,
-    ``share`` each, and the price of a factor, which is worked out if that decides.
+    is taken to rise GROWTH times as much again. While it rises as fast as iterations are made, what
+    remains does not get less, and the trial ends at a smaller part of the price, HOPELESS: no
+    smaller, as what converges in a thousand iterations may look like that for four hundred. An
+    answer costs ``factor`` times as much as so many steps on one column, the probe for the rank
+    included. Giving up costs the steps made, ``share`` each, and the price of a factor, which is
+    worked out if that decides.
     """
 
     def __init__(self, price: Price, share: float, factor: float, goal: float) -> None:
         self._price, self._share, self._factor, self._goal = price, share, factor, goal
-        self._first, self._last = 0.0, math.inf
+        self._first, self._last, self._hopeless = 0.0, math.inf, False
 
     def __call__(self, state: dict[str, Any]) -> None:
         count, size = state["iteration"], float(state["normal_residual_norm"].max())
@@ -231,7 +235,9 @@ class _Watch:
         if size < self._first:
             goal = self._goal * max(float(state["residual_norm"].max()), self._first)
             steps = (count - 2) * math.log(goal / self._first) / math.log(size / self._first)
-            foretold = steps + GROWTH * max(0.0, steps - self._last)
+            rise = max(0.0, steps - self._last)
+            foretold = steps + GROWTH * rise
+            self._hopeless = rise >= CHECK_EVERY
             self._last = steps
         if self._dear(count, foretold) and (self._price.exact or self._dearer(count, foretold)):
             raise _TooSlow
@@ -242,7 +248,8 @@ class _Watch:
 
     def _dear(self, count: int, foretold: float) -> bool:
         price, made = self._price.after(foretold), self._share * count
-        return self._factor * foretold > price + made or made > SLACK * price
+        most = HOPELESS * self._price.after(math.inf) if self._hopeless else SLACK * price
+        return self._factor * foretold > price + made or made > most
 
 
 def _fewest(shape: tuple[int, int], goal: float, damped: bool) -> float:
