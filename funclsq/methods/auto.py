@@ -257,9 +257,9 @@ def _fewest(shape: tuple[int, int], goal: float, damped: bool) -> float:
 
     A matrix with independent random entries has, with y = n / m, the condition number
     c = (1 + sqrt(y)) / (1 - sqrt(y)) (Marchenko and Pastur), and lsmr gains (c + 1) / (c - 1) =
-    1 / sqrt(y) in each iteration. Few matrices in use are better conditioned: of 20 test problems
-    none took less than 0.9 of these iterations. Those that are, such as one near the identity, are
-    the reason not to count on more than MOST_LIKELY.
+    1 / sqrt(y) in each iteration. Few matrices in use are better conditioned: of 19 test
+    problems, random or not, none took less than 0.88 of these iterations. Those that are, such as
+    one near the identity, are the reason not to count on more than MOST_LIKELY.
     """
     small, large = sorted(shape)
     if damped or small == 0:
