@@ -50,8 +50,8 @@ def csr_mm(matrix: Tensor, X: Tensor, out: Tensor | None = None) -> Tensor:
     (m, n), k = matrix.shape, X.shape[1]
     if matrix._nnz() == 0 or k == 0 or m == 0:
         return X.new_zeros((m, k)) if out is None else out.zero_()
-    if out is None and m * k * X.element_size() >= LARGE and not X.is_cuda:
-        out = spare.empty((m, k), X.dtype)
+    if out is None and m * k * X.element_size() >= LARGE:
+        out = _room((m, k), X)
     if k == 1:  # a true matrix-vector product is up to 1.9 times faster than addmm
         if out is None:
             return torch.mv(matrix, X.squeeze(1)).unsqueeze(1)
@@ -65,12 +65,19 @@ def csr_mm(matrix: Tensor, X: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.addmm(out, matrix, X, beta=0, out=out)
     if out is None:
         out = X.new_empty((m, k))
-    memory = spare.empty((n * width,), X.dtype)
+    memory = _room((n * width,), X)
     for start in range(0, k, width):
         part = X[:, start : start + width]
         block = memory[: part.numel()].view(part.shape).copy_(part)
         out[:, start : start + width] = torch.mm(matrix, block)
     return out
+
+
+def _room(shape: tuple[int, ...], X: Tensor) -> Tensor:
+    """Memory like that of X, not filled; used before, on the CPU."""
+    if X.device.type == "cpu":
+        return spare.empty(shape, X.dtype)
+    return X.new_empty(shape)
 
 
 def sddmm_csr(matrix: Tensor, U: Tensor, V: Tensor) -> Tensor:
