@@ -38,23 +38,18 @@ def sddmm(pattern: SparsityPattern, U: Tensor, V: Tensor, batched: bool) -> Tens
     """sum_k U[row, k] conj(V[col, k]) at each entry; summed over members unless ``batched``."""
     if U.ndim == 3 and not batched:
         U, V = (t.movedim(0, 1).flatten(1) for t in (U, V))
-    few = U.shape[-1] <= FEW_TERMS and U.device.type == "cpu"
-    if U.ndim == 2 or few:
-        out = _sampled(pattern, U, V, few)
+    if U.shape[-1] <= FEW_TERMS and U.device.type == "cpu":
+        rows, cols = (pattern.tensor(name, U.device) for name in ("csr_rows", "indices"))
+        out = sddmm_few(rows, cols, U, V)
+    elif U.ndim == 2:
+        out = sddmm_csr(_csr(pattern, U.dtype, U.device), U, V)
     else:
         count = U.shape[0]
         if count == 0:
             return U.new_zeros((0, pattern.nnz))
-        out = _sampled(pattern.repeated(count), U.flatten(0, 1), V.flatten(0, 1), False)
-        out = out.view(count, -1)
+        whole = _csr(pattern.repeated(count), U.dtype, U.device)
+        out = sddmm_csr(whole, U.flatten(0, 1), V.flatten(0, 1)).view(count, -1)
     return csr_to_entries(pattern, out)
-
-
-def _sampled(pattern: SparsityPattern, U: Tensor, V: Tensor, few: bool) -> Tensor:
-    if few:
-        rows, cols = (pattern.tensor(name, U.device) for name in ("csr_rows", "indices"))
-        return sddmm_few(rows, cols, U, V)
-    return sddmm_csr(_csr(pattern, U.dtype, U.device), U, V)
 
 
 def _csr(pattern: SparsityPattern, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -59,7 +59,7 @@ def taken(t: Tensor, index: Tensor) -> Tensor:
     if t.ndim == 1 or t.device.type != "cpu" or t.requires_grad:
         return t.index_select(-1, index)
     out = empty((*t.shape[:-1], index.shape[0]), t.dtype)
-    np.take(t.resolve_conj().numpy(), index.numpy(), -1, out.numpy(), mode="clip")
+    np.take(t.resolve_conj().resolve_neg().numpy(), index.numpy(), -1, out.numpy(), mode="clip")
     return out
 
 

@@ -114,11 +114,12 @@ def test_a_large_product_lies_in_memory_that_was_used(k, dtype, monkeypatch):
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (0, 5)])
 def test_what_is_taken_is_what_torch_selects(shape, index, dtype):
     t, index = torch.randn(shape, dtype=dtype), torch.tensor(index, dtype=torch.int32)
-    for some in (t, t.conj(), t.mul(2).requires_grad_()):
+    negative = torch.complex(t.real, t.real).conj().imag  # not written out until it is read
+    for some in (t, t.conj(), negative, t.mul(2).requires_grad_()):
         want = some.index_select(-1, index)
         got = spare.taken(some, index)
         assert torch.equal(got, want) and got.requires_grad == want.requires_grad
-        assert not got.is_conj()
+        assert not got.is_conj() and (not got.is_neg() or got.ndim == 1)
     wide = torch.randn(4, 10, dtype=dtype)[:, ::2]  # not contiguous
     assert torch.equal(spare.taken(wide, index), wide.index_select(-1, index))
 

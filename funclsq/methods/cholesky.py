@@ -49,12 +49,14 @@ def prepare(
     damp : Tensor or None, (n,) or (b, n), real, >= 0
         Diagonal damping.
     options : Options
-        ``backend`` names a sparse backend; without one the factor is dense where a sparse one
-        would be nearly full (``full`` says so). ``rcond`` is the rank tolerance, default
-        max(m, n) eps: the rank counts the singular values of the column-scaled matrix (row-scaled
-        if it is wide and undamped) above ``rcond`` times the largest, after columns whose norm is
-        below ``rcond`` times the largest norm have been taken as zero. With ``scale=True`` they
-        are not, and the verdict does not depend on the scaling of the columns at all.
+        ``atol`` is the relative size, at most 1e-6, of the first correction that is not made;
+        where a damped problem is factored by rows none is left out. ``backend`` names a sparse
+        backend; without one the factor is dense where a sparse one would be nearly full (``full``
+        says so). ``rcond`` is the rank tolerance, default max(m, n) eps: the rank counts the
+        singular values of the column-scaled matrix (row-scaled if it is wide and undamped) above
+        ``rcond`` times the largest, after columns whose norm is below ``rcond`` times the largest
+        norm have been taken as zero. With ``scale=True`` they are not, and the verdict does not
+        depend on the scaling of the columns at all.
     full_rank : bool
         Whether the user asserts full column rank (it is checked all the same).
 
