@@ -42,7 +42,8 @@ def table(
     status, iterations : Tensor, shape (..., k)
         What the method says.
     norms : pair of Tensor, shape (..., k), or None
-        Residual norms; NaN where they were not computed.
+        Residual norms; None if nobody reads them, and of the condition number only derivatives
+        that have a null space to clear of what is not in it.
     prepared : Prepared
         The method, which may know rank and condition.
     checked : bool
@@ -50,7 +51,9 @@ def table(
     """
     shape = (*x.shape[:-2], x.shape[-1], INFO)
     real = x.real.dtype if x.is_complex() else x.dtype
-    facts = (prepared.rank, prepared.cond, assumed_deficient(prepared), prepared.method)
+    deficient = assumed_deficient(prepared)
+    cond = None if norms is None and not _any(deficient) else prepared.cond  # which may be work
+    facts = (prepared.rank, cond, deficient, prepared.method)
     values = [status, iterations, *((math.nan, math.nan) if norms is None else norms)]
     values += [absent if fact is None else fact for fact, absent in zip(facts, _ABSENT)]
     if math.prod(shape) == INFO and x.device.type == "cpu":
@@ -119,6 +122,13 @@ def assumed_deficient(prepared: Any) -> Any:
     """What to say of the rank without working for it: a Krylov method may not know yet."""
     assumed = getattr(prepared, "assumed_deficient", None)
     return prepared.deficient if assumed is None else assumed
+
+
+def _any(flag: Any) -> bool:
+    """Whether a flag is set; True for one that lies on a device, which is not asked."""
+    if isinstance(flag, Tensor):
+        return flag.device.type != "cpu" or bool(flag.any())
+    return bool(flag)
 
 
 def report(on_failure: str, info: Tensor, norms: Any) -> None:

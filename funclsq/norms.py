@@ -15,6 +15,7 @@ __all__ = ["column_norms", "column_sizes"]
 
 _PART = 256  # rows added up before parts are added to each other
 _MANY = 8  # real columns from which on memory order pays
+_SHORT = 4096  # entries in all below which the cost of a call outweighs that of reading one column
 
 
 def column_norms(v: Tensor) -> Tensor:
@@ -45,7 +46,13 @@ def _squares(v: Tensor) -> Tensor:
 
 
 def column_sizes(v: Tensor) -> Tensor:
-    """Largest absolute value in each column of a real or complex block with rows."""
-    if v.device.type != "cpu" or v.is_complex() or v.shape[-1] < _MANY:
+    """Largest absolute value in each column of a real or complex block with rows.
+
+    The infinity norm is the slower way where a column lies in one piece: 5 to 8 times from 20,000
+    entries on.
+    """
+    k = v.shape[-1]
+    by_norm = v.numel() < _SHORT if k == 1 else k < _MANY
+    if v.device.type != "cpu" or v.is_complex() or by_norm:
         return torch.linalg.vector_norm(v, torch.inf, dim=-2)
     return torch.maximum(v.amax(-2), -v.amin(-2))

@@ -46,7 +46,8 @@ class Plan:
     check_finite : bool
         Whether NaN and Inf in the input are errors.
     residuals : bool
-        Whether anybody reads the residual norms; if not, they are computed for a failure only.
+        Whether the user reads residual norms and condition number; if not, the norms are computed
+        for a failure only, the condition number for derivatives with a null space only.
     differentiated : bool
         Whether derivatives are likely to follow: a method that is chosen may be another one.
     """

@@ -127,6 +127,21 @@ def test_a_probe_cut_short_leaves_the_rank_to_the_factor(monkeypatch):
     np.testing.assert_allclose(sol.x.numpy(), 1.0, rtol=1e-10)
 
 
+@pytest.mark.parametrize(("atol", "probe"), [(0.0, 0.5), (1e-6, 1.3045), (1e-3, 2.6089)])
+def test_a_probe_for_the_rank_is_reckoned_with(atol, probe, monkeypatch):
+    """Its cost is in the ratio of what is asked of it, eps^(1/2), to what is asked of x."""
+    seen = []
+    watch = auto._Watch
+    monkeypatch.setattr(auto, "_Watch", lambda *given: seen.append(given[2:]) or watch(*given))
+    monkeypatch.setattr(auto, "_fewest", lambda *_: 1.0)  # a trial is made in any case
+    A = _random(4000, 400, 6, seed=9)
+    for rank, more in (("full", 0.0), ("auto", probe)):
+        fl.solve(A, _sizes(A), rank=rank, atol=atol, btol=atol)
+        factor, goal = seen.pop()
+        assert factor == pytest.approx(1 + more, rel=1e-4)
+        assert goal == min(max(atol, 2.0**-52), 0.1)
+
+
 def test_why_for_what_is_not_sparse_on_the_cpu():
     A = fl.LinearOperator(lambda p, v: p[0] @ v, (6, 3), (torch.eye(6, 3, dtype=torch.float64),))
     sol = fl.solve(A, torch.ones(6, dtype=torch.float64))
@@ -196,12 +211,12 @@ def test_derivatives_to_come_weigh_for_a_factor():
     fresh = (torch.from_numpy(A.data * (1 + i / 64)) for i in range(10))
 
     def choice(values):
-        return fl.solve(fl.Sparse(S, values), b, atol=1e-4, btol=1e-4).solver
+        return fl.solve(fl.Sparse(S, values), b, atol=1e-6, btol=1e-6, rank="full").solver
 
     seen = []
 
     def loss(values):
-        sol = fl.solve(fl.Sparse(S, values), b, atol=1e-4, btol=1e-4)
+        sol = fl.solve(fl.Sparse(S, values), b, atol=1e-6, btol=1e-6, rank="full")
         seen.append(sol.solver)
         return sol.x.square().sum()
 

@@ -8,7 +8,7 @@ import torch
 
 from funclsq.methods import _core
 from funclsq.methods._core import Core
-from funclsq.operators import DenseOp
+from funclsq.operators import DenseOp, StackedOp
 from funclsq.solution import Status
 
 EPS = np.finfo(float).eps
@@ -145,6 +145,28 @@ def test_up_to_which_condition_the_plain_factor_is_used(rcond, below, plain):
 def test_the_shift_is_sixteen_times_the_rounding_of_the_normal_matrix(sines):
     core = core_of(pairs(*sines))
     assert core.normal.shift == pytest.approx(16 * (2 * len(sines)) ** 0.5 * EPS, rel=1e-3)
+
+
+@pytest.mark.parametrize("damp", [1e-3, 1e-8])
+def test_the_condition_number_is_estimated_when_somebody_asks(damp, monkeypatch):
+    """Damping says that it is small enough, or else the estimate has to."""
+    asked = []
+    for name in ("smallest", "largest"):
+        estimate = getattr(_core, name)
+        monkeypatch.setattr(
+            _core, name, lambda n, f=estimate, name=name: asked.append(name) or f(n)
+        )
+    A = torch.randn(30, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    B = StackedOp(DenseOp(A), torch.full((8,), damp, dtype=torch.float64))
+    core = Core(B, 1e-14, None)
+    before = sorted(asked)
+    x, status, _ = core.solve(torch.randn(38, 1, dtype=torch.float64), None)
+    assert status.tolist() == [int(Status.DIRECT)]
+    assert before == sorted(asked) == ([] if damp == 1e-3 else ["largest", "smallest"])
+    true = torch.linalg.cond(core.normal.B.dense())
+    assert 0.7 * true <= core.cond <= 1.01 * true
+    assert core.cond is core.cond
+    assert sorted(asked) == ["largest", "smallest"]
 
 
 @pytest.mark.parametrize("below", [0.995, 1.005])

@@ -63,6 +63,26 @@ def test_the_factored_normal_matrix(kind, dtype, batch, damp, shift):
     np.testing.assert_allclose(lengths, np.linalg.norm(whole @ q, axis=-2))
 
 
+@pytest.mark.parametrize("batch", [(), (3,)], ids=["one", "batch"])
+@pytest.mark.parametrize("least", [1.0, 1e-4])
+def test_what_damping_says_of_the_condition_number(batch, least):
+    A = _draw(0, *batch, 9, 5)
+    A[..., 4] = A[..., 0]  # that only damping tells apart
+    A[..., 3] *= 1e-3
+    D = least * np.array([1.0, 3.0, 1e2, 1e3, 2.0])
+    op = _operator(A, "dense")
+    assert Normal(op).cond_bound == np.inf
+    normal = Normal(StackedOp(op, torch.from_numpy(D).expand(*batch, 5)))
+    B = np.concatenate((A, np.broadcast_to(np.diag(D), (*batch, 5, 5))), -2)
+    true = np.linalg.cond(B * normal.scale.numpy()[..., None, :]).max()
+    assert true <= normal.cond_bound <= 20 * true
+    D[1] = 0.0
+    assert Normal(StackedOp(op, torch.from_numpy(D).expand(*batch, 5))).cond_bound == np.inf
+    A[..., 1] = 0.0  # a unit stands in the place of what neither A nor damping holds
+    filled = Normal(StackedOp(_operator(A, "dense"), torch.from_numpy(D).expand(*batch, 5)))
+    assert 1 <= filled.cond_bound <= 20 * true
+
+
 def test_a_member_that_is_not_finite_is_taken_as_zero():
     A = _draw(0, 2, 6, 4)
     A[1, 2, 1] = np.nan

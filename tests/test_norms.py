@@ -13,7 +13,18 @@ from funclsq.norms import column_norms, column_sizes
 @pytest.mark.parametrize("dtype", DTYPES.values())
 @pytest.mark.parametrize(
     "shape",
-    [(0, 3), (0, 9), (5, 0), (2, 0, 16), (0, 5, 9), (5, 1), (300, 7), (1000, 8), (3, 513, 40)],
+    [
+        (0, 3),
+        (0, 9),
+        (5, 0),
+        (2, 0, 16),
+        (0, 5, 9),
+        (5, 1),
+        (300, 7),
+        (1000, 8),
+        (3, 513, 40),
+        (3, 2000, 1),
+    ],
 )
 def test_norms_of_columns(dtype, shape):
     v = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
@@ -35,6 +46,9 @@ def test_what_is_not_finite_stays_so(k, bad):
     v[300, 1] = bad
     assert not bool(column_norms(v)[1].isfinite()) and bool(column_norms(v)[0].isfinite())
     assert not bool(column_sizes(v)[1].isfinite())
+    alone = torch.ones(2, 5000, 1)
+    alone[1, 300] = bad
+    assert column_sizes(alone).isfinite().tolist() == [[True], [False]]
 
 
 def test_many_rows_in_single_precision():

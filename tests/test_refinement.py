@@ -46,8 +46,12 @@ class Script:
 
     def run(self, energy=False, eps=EPS, unit=1.0):
         B = DenseOp(unit * torch.tensor([[0.6], [0.8]], dtype=torch.float64))
+
+        def whole(x):
+            return _refine._norms(x if self.image else B.mv(x)) if energy else None
+
         return _refine._iterate(
-            B, self.rough, self.residual, self.step, self.start, eps, energy, self.image
+            B, self.rough, self.residual, self.step, self.start, whole, eps, self.image
         )
 
 

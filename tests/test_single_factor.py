@@ -134,6 +134,15 @@ def test_columns_beyond_the_range_of_single_precision():
         assert (status == Status.DIRECT).all()
 
 
+def test_a_column_is_solved_to_the_same_digits_beside_a_small_one():
+    prepared = factor_of(conditioned(3))
+    c = np.random.default_rng(2).standard_normal((M, 3))
+    alone, _ = solve(prepared, c)
+    c[:, 1] *= 1e-40
+    beside, _ = solve(prepared, c)
+    np.testing.assert_array_equal(beside[:, ::2], alone[:, ::2])
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_stays_in_its_column(bad):
     prepared = factor_of(conditioned(3))

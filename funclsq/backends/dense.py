@@ -62,10 +62,22 @@ class _Single(_Factor):
 
     def solve(self, rhs: Tensor) -> Tensor:
         """Solve for blocks of columns, (..., n, k), of any size."""
-        # columns of size about one, which neither overflow nor vanish in single precision
-        size = column_sizes(rhs).unsqueeze(-2)
-        size = torch.where((size > 0) & (size < torch.inf), size, 1)
-        return super().solve((rhs / size).to(self._L.dtype)).to(rhs.dtype).mul_(size)
+        size = column_sizes(rhs)
+        if _moderate(size.numpy()):
+            return super().solve(rhs.to(self._L.dtype)).to(rhs.dtype)
+        # columns of size about one, which neither overflow nor vanish in single precision; by
+        # powers of two, so that no column is rounded otherwise because of another one
+        exponent = torch.frexp(torch.where((size > 0) & (size < torch.inf), size, 1))[1]
+        unit = torch.ldexp(torch.ones_like(size), exponent.clamp(-1000, 1000)).unsqueeze(-2)
+        return super().solve((rhs / unit).to(self._L.dtype)).to(rhs.dtype).mul_(unit)
+
+
+def _moderate(size: np.ndarray) -> bool:
+    """Whether single precision has room for columns of this size, and for what is solved of them.
+
+    The largest entry of a column; what is below its 1e-18th part may vanish.
+    """
+    return bool(((size < 1e20) & ((size > 1e-20) | (size == 0))).all())
 
 
 _SINGLE = {torch.float64: torch.float32, torch.complex128: torch.complex64}

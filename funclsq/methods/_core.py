@@ -43,8 +43,10 @@ class Core:
     ----------
     rank : Tensor, () or (b,) int64
         Singular values of the column-scaled B above ``rcond`` times the largest.
+    top : Tensor, () or (b,)
+        Estimated largest singular value of the column-scaled B; worked out when first asked for.
     cond : Tensor, () or (b,)
-        Estimated condition number of the column-scaled B on its rank.
+        Estimated condition number of the column-scaled B on its rank; likewise.
     deficient : Tensor, () or (b,) bool
         Whether the columns may be dependent.
     """
@@ -64,7 +66,8 @@ class Core:
         self.null: Tensor | None = None  # orthonormal null vectors of B itself, zero-padded
         columns = self.normal.n - self.normal.zero.sum(-1)
         self.rank = columns
-        self.top = largest(self.normal)
+        self._top: Tensor | None = None
+        self._cond: Tensor | None = None
         self.deficient = self.normal.zero.any(-1)
         if not self._plainly(rcond):
             self._carefully(rcond)
@@ -74,21 +77,36 @@ class Core:
         """Factor N as it is; False if it is too ill-conditioned for that."""
         most = min(EASY, 1 / (MARGIN * max(rcond, 1e-300)))
         fits = self._factored(single=True)
-        if fits and self.normal.single and not bool((self.cond < min(EASIEST, most)).all()):
+        if fits and self.normal.single and not self._below(min(EASIEST, most)):
             fits = self._factored(single=False)
-        return fits and bool((self.cond < most).all())
+        return fits and self._below(most)
 
     def _factored(self, single: bool) -> bool:
-        """Factor N and estimate its condition number; False if it is numerically singular."""
+        """Factor N; False if it is numerically singular."""
+        self._cond = None
         try:
             self.normal.factor(single=single)
         except NotPositive:
             return False
-        if not self.normal.positive():  # a backend may not mind
-            return False
-        bottom = smallest(self.normal)
-        self.cond = torch.where(self.top > 0, self.top / bottom, 1.0)
-        return True
+        return self.normal.positive()  # a backend may not mind
+
+    def _below(self, most: float) -> bool:
+        """Whether the condition number is, by damping alone or else by its estimate."""
+        return self.normal.cond_bound < most or bool((self.cond < most).all())
+
+    @property
+    def top(self) -> Tensor:
+        """See the attributes."""
+        if self._top is None:
+            self._top = largest(self.normal)
+        return self._top
+
+    @property
+    def cond(self) -> Tensor:
+        """See the attributes."""
+        if self._cond is None:
+            self._cond = torch.where(self.top > 0, self.top / smallest(self.normal), 1.0)
+        return self._cond
 
     def _carefully(self, rcond: float) -> None:
         """Shift, and find the directions that the shift spoils."""
@@ -110,7 +128,7 @@ class Core:
         seen = torch.where(nulls, torch.inf, small.sigma)
         bottom = torch.cat((seen, small.next.unsqueeze(-1)), -1).amin(-1)
         bottom = torch.where(torch.isinf(bottom), self.top, bottom)
-        self.cond = self.top / bottom
+        self._cond = self.top / bottom
         self.deficient = self.deficient | (bottom <= MARGIN * tolerance.squeeze(-1)) | (count > 0)
         self._weights = torch.where(
             nulls, 0.0, 1 / small.sigma.clamp(min=1e-300) ** 2 - 1 / (small.sigma**2 + normal.shift)
@@ -141,24 +159,28 @@ class Core:
         """(I - B^+ B) V, without zero columns, which have a scale of their own."""
         B = self.normal.B
         V = V - refine(B, self._rough, B.mv(V), None, self.normal.eps)[0]
-        return torch.where(self.normal.zero.unsqueeze(-1), 0, V)
+        return self._without_holes(V)
 
     def _rough(self, q: Tensor) -> Tensor:
         """P q with P near (B^H B)^+ in the scaled variables."""
         if self.small is None:
-            return self.normal.solve(torch.where(self.normal.zero.unsqueeze(-1), 0, q))
+            return self.normal.solve(self._without_holes(q))
         V = self.small.V
         return self._fine(q) + V @ (self._weights.unsqueeze(-1) * (V.mH @ q))
 
     def _fine(self, q: Tensor) -> Tensor:
         """The shifted inverse on the row space."""
-        q = torch.where(self.normal.zero.unsqueeze(-1), 0, q)
+        q = self._without_holes(q)
         z = self.normal.solve(q - self._nulls @ (self._nulls.mH @ q))
         return z - self._nulls @ (self._nulls.mH @ z)
 
+    def _without_holes(self, v: Tensor) -> Tensor:
+        """v with zeros in the place of zero columns; v itself where there are none."""
+        return torch.where(self.normal.zero.unsqueeze(-1), 0, v) if self.normal.holes else v
+
     def project(self, v: Tensor) -> Tensor:
         """Project onto the row space of B (unscaled variables)."""
-        v = torch.where(self.normal.zero.unsqueeze(-1), 0, v)
+        v = self._without_holes(v)
         if self.null is not None:
             for _ in range(2):  # v may be long beside what is left of it
                 v = v - self.null @ (self.null.mH @ v)
@@ -201,7 +223,7 @@ class Core:
         with the smallest singular value sigma on the rank. Null directions are left out of s:
         there it may be as large as the rank tolerance allows.
         """
-        s = torch.where(self.normal.zero.unsqueeze(-1), 0, s)
+        s = self._without_holes(s)
         if self.small is not None:
             s = s - self._nulls @ (self._nulls.mH @ s)
         top = self.top.unsqueeze(-1)

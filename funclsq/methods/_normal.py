@@ -7,6 +7,7 @@ N^-1, corrected on the few directions that the shift spoils where they are known
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ class Normal:
         The same with one more row for each column, holding 1 where ``zero`` does.
     zero : bool Tensor, as ``scale``
         Columns of B that are zero, or below ``negligible`` times the largest one.
+    holes : bool
+        Whether there are such columns.
     broken : bool Tensor, () or (b,)
         Whether B holds a NaN or an infinity (it is taken as zero then).
     shift : float
@@ -60,8 +63,8 @@ class Normal:
         self.scale = torch.where(self.zero & (norms > 0), 0, scale)
         self.B = B.scaled(col=self.scale)
         # with a unit in each zero column, as N has it: nothing is null but what is truly so
-        filled = bool(self.zero.any())
-        self.filled = StackedOp(self.B, self.zero.to(norms.dtype)) if filled else self.B
+        self.holes = bool(self.zero.any())
+        self.filled = StackedOp(self.B, self.zero.to(norms.dtype)) if self.holes else self.B
         self.n = B.shape[1]
         self.batch = B.batch
         self.shift = 0.0
@@ -128,6 +131,18 @@ class Normal:
         self._factor = factored(self._gram, self._name, self.batch, data, single)
         if self._rows is not None:
             self._border = Border(self._rows, self._solve_factored, shift > 0)
+
+    @property
+    def cond_bound(self) -> float:
+        """At least the condition number of B S (of any member), from its damping alone.
+
+        The columns of B S are no longer than one, so that its singular values are at most n^(1/2);
+        they are at least the smallest entry of D S.
+        """
+        if not isinstance(self.B, StackedOp) or self.n == 0:
+            return math.inf
+        floor = float(torch.where(self.zero, 1, self.B.damp.abs()).amin())
+        return math.sqrt(self.n) / floor if floor > 0 else math.inf
 
     @property
     def full(self) -> bool:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from funclsq.extent import finite
 from funclsq.norms import column_norms
 from funclsq.operators import Operator
 from funclsq.solution import Status
@@ -56,22 +57,27 @@ def refine(
         Relative size of the first correction that is not made: the unit roundoff, or more.
     """
     r: Tensor | None = None  # its memory is used again: that of new blocks costs as much as B x
+    whole: np.ndarray | None = None
 
     def residual(x: Tensor | None) -> Tensor:
-        nonlocal r
+        nonlocal r, whole
         if x is None:
             q = None if c is None else B.rmv(c)
         else:
             r = B.mv(x, out=r)
+            whole = None if g is None else _norms(r)
             q = B.rmv(torch.neg(r, out=r) if c is None else torch.sub(c, r, out=r))
         if g is None:
             return q
         return g.clone() if q is None else q + g
 
+    def size(_: Tensor) -> np.ndarray | None:
+        return whole
+
     def step(x: Tensor, dx: Tensor) -> Tensor:
         return x + dx
 
-    return _iterate(B, rough, residual, step, lambda dx: dx, goal, g is not None)
+    return _iterate(B, rough, residual, step, lambda dx: dx, size, goal)
 
 
 def refine_image(
@@ -98,15 +104,18 @@ def refine_image(
         residual,
         step,
         lambda dz: step(torch.zeros((), dtype=dz.dtype), dz),
+        _norms,
         goal,
-        True,
         True,
     )
 
 
 @np.errstate(all="ignore")  # ratios of corrections that are none, or leave the range
-def _iterate(B, rough, residual, step, start, goal, energy, image=False):
-    """Refine until the corrections stop falling, per column; what decides that is NumPy's."""
+def _iterate(B, rough, residual, step, start, energy, goal, image=False):
+    """Refine until the corrections stop falling, per column; what decides that is NumPy's.
+
+    ``energy`` gives |B x| of the x whose residual was taken last, None where it does not count.
+    """
     q = residual(None)
     dx = rough(q)
     x = start(dx)
@@ -125,8 +134,8 @@ def _iterate(B, rough, residual, step, start, goal, energy, image=False):
         dx = _conjugate_gradients(B, rough, q) if (inner & ~done).any() else rough(q)
         new_plain, new_power = _norms(q if image else dx), _power(dx, q)
         seen = []
-        if energy:
-            whole = _norms(x) if image else _norms(B.mv(x))
+        whole = energy(x)
+        if whole is not None:
             seen.append((new_power / power, new_power / whole))
         seen.append((new_plain / plain, new_plain / (aim if image else _norms(x))))
         rate, relative = seen[0]
@@ -147,11 +156,11 @@ def _iterate(B, rough, residual, step, start, goal, energy, image=False):
         inner |= (rate > _FAST) & ~done
         plain = np.where(take, new_plain, plain)
         power = np.where(take, new_power, power)
-    status = torch.full(steps.shape, int(Status.INACCURATE))
     accepted = (fast & (best < _SURE)) | (best == 0) | (first == 0)
-    status[torch.from_numpy(accepted)] = int(Status.DIRECT)
-    status[~torch.isfinite(x).all(-2)] = int(Status.NONFINITE)
-    return x, status, torch.from_numpy(steps)
+    status = np.where(accepted, np.int64(Status.DIRECT), np.int64(Status.INACCURATE))
+    if not finite(x):
+        status[~torch.isfinite(x).all(-2).numpy()] = int(Status.NONFINITE)
+    return x, torch.from_numpy(status), torch.from_numpy(steps)
 
 
 def _norms(v: Tensor) -> np.ndarray:

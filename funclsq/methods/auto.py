@@ -101,6 +101,13 @@ class PreparedAuto:
         """Reckon with a solve for derivatives after each one: by a factor it is almost free."""
         self._runs = 2.0
 
+    def factor(self) -> None:
+        """Choose now and without a trial: what is kept for many solves should be a factor."""
+        with self._lock:
+            if self._steps:
+                self._chosen, self._steps = None, 0
+            self._settle()
+
     def _settle(self) -> Prepared:
         with self._lock:
             if self._chosen is None:
@@ -164,7 +171,7 @@ class PreparedAuto:
         goal = min(max(eps, options.atol or 0.0), 0.1)
         factor = share * self._runs
         if trial.assumed_deficient:  # a probe for the rank, to eps^(1/2), on one column, follows
-            factor += min(1.0, 0.5 * math.log(eps) / math.log(goal))
+            factor += 0.5 * math.log(eps) / math.log(goal)
         least = factor * _fewest(self._op.shape, goal, self._damp is not None)
         if price.value < least and price.settle() < least:
             return None

@@ -115,7 +115,6 @@ class CholeskyPrepared:
             self._problem = _Tall(Core(stacked, rcond, options.backend, equivariant, goal), n)
         core = self._problem.core
         self.full = core.normal.full
-        self.cond: Tensor = core.cond.to(torch.float64)
         self.rank: Tensor = core.rank.to(torch.int64)
         deficient = core.deficient
         if isinstance(self._problem, _Wide):
@@ -124,6 +123,11 @@ class CholeskyPrepared:
             self.rank, deficient = torch.full_like(self.rank, n), torch.zeros_like(deficient)
         tell_false_claim(self.rank, min(m, n) if damp is None else n, options)
         self.deficient = bool(deficient) if self.batch is None else deficient
+
+    @property
+    def cond(self) -> Tensor:
+        """Estimated condition number, () or (b,); worked out when first asked for."""
+        return self._problem.core.cond.to(torch.float64)
 
     @property
     def nbytes(self) -> int:
