@@ -27,6 +27,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from funclsq import derivatives
+from funclsq.matrix import matmul
 
 __all__ = ["accurate_sum", "refinement", "two_product"]
 
@@ -114,7 +115,7 @@ def refinement(p: Any, x: Tensor, c: Tensor | None, g: Tensor | None) -> Tensor:
         (A,) = p.params
         c = torch.zeros_like(A[..., :1]) if c is None else c
         g = torch.zeros_like(x) if g is None else g
-        start, s = x, c - A @ x
+        start, s = x, c - matmul(p.plan.structure, p.params, x)
         c = c.expand(s.shape)
         g = g.expand(x.shape)
         for _ in range(_STEPS):

@@ -14,6 +14,7 @@ from torch import Tensor
 from funclsq import matrix_free
 from funclsq.batching import vmap_sddmm, vmap_spmm
 from funclsq.forward_mode import nested_forward_mode, primals
+from funclsq.full_precision import in_full_precision
 from funclsq.function import Function
 from funclsq.opaque import sddmm_op, spmm_op
 from funclsq.pattern import SparsityPattern
@@ -56,10 +57,9 @@ class _SpMM(_ReverseSpMM):
     def jvp(ctx, values_dot, v_dot, *_):
         with nested_forward_mode():
             values, v = primals(ctx)
-            conj = values_dot
             out = None
-            if conj is not None:
-                out = _spmm(conj, v, ctx.pattern, ctx.adjoint)
+            if values_dot is not None:
+                out = _spmm(values_dot, v, ctx.pattern, ctx.adjoint)
             if v_dot is not None:
                 part = _spmm(values, v_dot, ctx.pattern, ctx.adjoint)
                 out = part if out is None else out + part
@@ -151,6 +151,7 @@ def reduce_batch(t: Tensor, like: Tensor) -> Tensor:
     return t.sum(0) if t.ndim > like.ndim else t
 
 
+@in_full_precision
 def matmul(structure: Any, params: tuple[Tensor, ...], v: Tensor) -> Tensor:
     """A v for a block of columns, (n, k) or (B, n, k)."""
     if structure.kind == "sparse":
@@ -160,6 +161,7 @@ def matmul(structure: Any, params: tuple[Tensor, ...], v: Tensor) -> Tensor:
     return matrix_free.apply(structure, params, v)
 
 
+@in_full_precision
 def rmatmul(structure: Any, params: tuple[Tensor, ...], u: Tensor) -> Tensor:
     """A^H u for a block of columns, (m, k) or (B, m, k)."""
     if structure.kind == "sparse":
@@ -169,6 +171,7 @@ def rmatmul(structure: Any, params: tuple[Tensor, ...], u: Tensor) -> Tensor:
     return matrix_free.apply_adjoint(structure, params, u)
 
 
+@in_full_precision
 def outer(structure: Any, params: tuple[Tensor, ...], U: Tensor, V: Tensor) -> tuple[Tensor, ...]:
     """Cotangents of params that the matrix cotangent U V^H stands for."""
     if structure.kind == "sparse":
@@ -182,6 +185,7 @@ def outer(structure: Any, params: tuple[Tensor, ...], U: Tensor, V: Tensor) -> t
     return matrix_free.pull_params(lambda p: matrix_free.apply(structure, p, V), params, U)
 
 
+@in_full_precision
 def matmul_dot(structure, params, params_dot, v):
     """Tangent of A v along params_dot."""
     if structure.kind != "matrix_free":
@@ -189,6 +193,7 @@ def matmul_dot(structure, params, params_dot, v):
     return matrix_free.push_params(lambda p: matrix_free.apply(structure, p, v), params, params_dot)
 
 
+@in_full_precision
 def rmatmul_dot(structure, params, params_dot, u):
     """Tangent of A^H u along params_dot."""
     if structure.kind != "matrix_free":

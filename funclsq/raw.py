@@ -18,6 +18,7 @@ from torch import Tensor
 
 from funclsq import kept
 from funclsq.extent import extent, finite, largest
+from funclsq.full_precision import full_precision
 from funclsq.info import INFO, report, residual_norms, table
 from funclsq.kept import Entry
 from funclsq.lost_digits import recovered
@@ -126,10 +127,13 @@ def _shift(plan: Plan, op: Operator, damp: Tensor | None, top: float | None) -> 
 
 def pin(plan: Plan, params: tuple[Tensor, ...], w: Tensor | None, d2: Tensor | None) -> Entry:
     """Prepare now, and keep what was prepared as long as the returned object lives."""
-    with torch.no_grad():
+    some = next((t for t in (*params, w, d2) if t is not None), None)
+    with torch.no_grad(), full_precision("cpu" if some is None else some.device.type):
         base: Any = [_innermost(t) for t in params]
         w, d2 = _innermost(w), _innermost(d2)
         entry = _prepare(plan, tuple(base), w, d2, plan.check_finite)
+        if isinstance(entry.prepared, PreparedAuto):
+            entry.prepared.factor()
     kept.pin(entry)
     return entry
 
@@ -175,7 +179,8 @@ def raw_solve(
     """
     if check is None:
         check = norms and plan.check_finite
-    with torch.no_grad():
+    some: Any = c if c is not None else g
+    with torch.no_grad(), full_precision(some.device.type):
         return _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x, check, need_s)
 
 
