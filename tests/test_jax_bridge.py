@@ -18,6 +18,10 @@ from jax_common import assert_close, draw, problem
 import funclsq as fl
 import funclsq.jax as flj
 from funclsq.jax import bridge, host, host_primitive
+from funclsq.jax.problem import Problem
+from funclsq.jax.structures import Indexed
+from funclsq.operators import SparseStructure
+from funclsq.settings import settings
 
 
 def run_script(code, timeout=120, **env):
@@ -34,6 +38,26 @@ def run_script(code, timeout=120, **env):
 
 # -------------------------------------------------------------------------------------------
 # Threads.
+
+
+def test_a_plan_is_not_that_of_another_thread(x64):
+    first, second = (
+        SparseStructure(fl.SparsityPattern(row, [0, 1], (3, 2))) for row in ([0, 1], [1, 2])
+    )
+
+    class Overtaken(host.HostSolve):
+        """One into whose hands another thread plays as soon as it has kept its plan."""
+
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "_plan" and value is not None and value.structure is first:
+                self._plan_for(second)
+
+    options = settings("lstsq", "auto", rank="auto").options()
+    problem = Problem(Indexed((3, 2), "coo"), options)
+    solve = Overtaken(problem, (False, False, True, False, False))
+    assert solve._plan_for(first).structure is first
+    assert solve._plan_for(second).structure is second
 
 
 def test_small_problems_run_on_one_thread_and_leave_the_setting_alone(x64, monkeypatch):
@@ -322,6 +346,24 @@ def test_float64_without_x64_is_an_error(x32, kind):
         wide = pytest.importorskip("scipy.sparse").csr_array(wide)
     with pytest.raises(TypeError, match="jax_enable_x64"):
         flj.lstsq(wide, b)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda S, wide: flj.Sparse.fromdense(np.eye(4, 3)),
+        lambda S, wide: flj.Sparse(S, jnp.ones(3)) @ wide,
+        lambda S, wide: flj.Sparse(S, wide) @ jnp.ones(3),
+        lambda S, wide: flj.Sparse(S, jnp.ones(3)).T.rmatvec(wide),
+        lambda S, wide: flj.LeastSquares(S, wide),
+        lambda S, wide: flj.LinearOperator(lambda p, v: p * v, (3, 3), wide),
+    ],
+    ids=["fromdense", "product", "values", "adjoint", "layer", "operator"],
+)
+def test_nothing_narrows_a_float64_array_without_x64(x32, make):
+    pattern = fl.SparsityPattern([0, 1, 2], [0, 1, 1], (4, 3))
+    with pytest.raises(TypeError, match="jax_enable_x64"):
+        make(pattern, np.ones(3))
 
 
 A32 = np.ones((6, 3), np.float32)

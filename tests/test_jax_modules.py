@@ -10,6 +10,7 @@ from jax_common import assert_close, compiled, draw, full_pattern, loss
 
 import funclsq as fl
 import funclsq.jax as flj
+from funclsq.jax import matrix_free
 
 eqx = pytest.importorskip("equinox")
 
@@ -72,6 +73,29 @@ def test_linear_operator_differentiates_what_its_function_closes_over():
     want = jax.grad(lambda a: (jnp.linalg.pinv(a) @ b).sum())(a)
     assert_close(jax.grad(f)(a, b), want)
     assert_close(jax.jit(jax.vmap(jax.grad(f), (0, None)))(jnp.stack([a, a]), b)[1], want)
+
+
+def test_linear_operator_sees_what_its_function_reads_change(monkeypatch):
+    rng = np.random.default_rng(1)
+    a, b = draw(rng, 6, 3), draw(rng, 6)
+    held = {"scale": 1.0}
+    A = flj.LinearOperator(lambda _, v: held["scale"] * (a @ v), (6, 3))
+    want = jnp.linalg.pinv(a) @ b
+    made = []
+    solve = matrix_free.Function.solve
+    monkeypatch.setattr(matrix_free.Function, "solve", lambda *args: made.append(1) or solve(*args))
+    for scale in (1.0, 2.0, 2.0 + 1e-9, jnp.linspace(1.0, 2.0, 6)[-1], jnp.full(6, 4.0), 2.0):
+        held["scale"] = scale
+        assert_close(flj.lstsq(A, b), want / jnp.mean(jnp.asarray(scale)), 1e-13)
+    count = len(made)
+    flj.lstsq(A, b)
+    assert len(made) == count  # what was compiled is found again
+
+    def f(scale):
+        held["scale"] = scale
+        return flj.lstsq(A, b).sum()
+
+    assert_close(jax.grad(f)(1.0), -want.sum())
 
 
 def test_linear_operator_complex_and_status():

@@ -50,6 +50,13 @@ def require_representable(dtype: Any, what: str) -> None:
         )
 
 
+def jax_array(t: Any, what: str) -> Any:
+    """``jnp.asarray`` that refuses to narrow an array of NumPy's, see require_representable."""
+    if isinstance(t, np.ndarray) and t.dtype.kind in "fc":
+        require_representable(t.dtype, what)
+    return jnp.asarray(t)
+
+
 def from_torch(t: Tensor, *, dtype: Any = None, copy: bool = False) -> jax.Array:
     """Return the JAX array with the values of a torch tensor.
 

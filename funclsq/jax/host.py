@@ -47,11 +47,12 @@ class HostSolve:
         self._plain = problem.results == ("x",) and not has[-1]  # x alone, and no gate
 
     def _plan_for(self, structure: Any) -> Plan:
-        if self._plan is None or self._plan.structure is not structure:
+        plan = self._plan  # read once: other threads may be solving with other indices
+        if plan is None or plan.structure is not structure:
             p = self._problem
             fixed = (p.options, p.full_rank, p.damped, _on_failure(p), p.check_finite)
-            self._plan = Plan.of(structure, *fixed, p.residuals, "s" in p.results)
-        return self._plan
+            self._plan = plan = Plan.of(structure, *fixed, p.residuals, "s" in p.results)
+        return plan
 
     def __call__(self, outputs: Any, inputs: Any) -> None:
         """Solve, from views of JAX's arrays to views of JAX's results."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
+from funclsq.jax.convert import jax_array
 from funclsq.jax.matrix_free import Function
 
 __all__ = ["LinearOperator"]
@@ -32,12 +34,18 @@ class LinearOperator:
     params : pytree of arrays
         What the entries of A depend on.
 
+    Raises
+    ------
+    TypeError
+        If ``matvec`` is not callable.
+
     Notes
     -----
     Keep ``matvec`` one object (a function defined once, not a fresh lambda at each call): programs
-    are compiled once per object. A^H comes from ``jax.linear_transpose``. For rank-deficient A a
-    gradient costs more solves; ``rank="full"`` says that it is not. Columns are not scaled, as
-    their norms are not known: scale them in ``matvec`` where they differ much.
+    are compiled once per object, and again when what it closes over or reads has changed; what
+    changes often belongs into ``params``. A^H comes from ``jax.linear_transpose``. For
+    rank-deficient A a gradient costs more solves; ``rank="full"`` says that it is not. Columns are
+    not scaled, as their norms are not known: scale them in ``matvec`` where they differ much.
 
     Examples
     --------
@@ -75,19 +83,13 @@ class LinearOperator:
     def funclsq_structure(self, dtype: Any) -> tuple[Function, tuple[Any, ...], tuple[Any, ...]]:
         """Split into structure, differentiable parameters and the other operands."""
         leaves, tree = jax.tree.flatten(self.params)
-        leaves = [jnp.asarray(t) for t in leaves]
+        leaves = [jax_array(t, "LinearOperator: a parameter") for t in leaves]
         example = jax.ShapeDtypeStruct((self.shape[1],), dtype)
-        hoisted = _hoist(self.matvec, tree, leaves, example)
-        if hoisted is not None:
-            function, leaves = hoisted
-            call: Any = _Closed(function)
-        else:
-            call = _Open(self.matvec, tree)
+        call, result, leaves = _traced(self.matvec, tree, leaves, example)
         inexact = tuple(bool(jnp.issubdtype(t.dtype, jnp.inexact)) for t in leaves)
         params = tuple(t for t, yes in zip(leaves, inexact) if yes)
         aux = tuple(t for t, yes in zip(leaves, inexact) if not yes)
         ndims = tuple(t.ndim for t in params), tuple(t.ndim for t in aux)
-        result = jax.eval_shape(lambda v: call(leaves, v), example)
         if result.shape != (self.shape[0],):
             raise ValueError(
                 f"LinearOperator: for an input of shape {example.shape} matvec must return shape "
@@ -102,14 +104,21 @@ class LinearOperator:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Open:
-    """A user's function of (params, v) as one of (leaves, v)."""
+class _Recorded:
+    """What a user's function of (params, v) computed when it was traced, of (leaves, v).
+
+    Equal to another one if their programs and what these close over are: so a program is compiled
+    once, and again when a global or an attribute that the function reads has changed.
+    """
 
     matvec: Any
     tree: Any
+    text: str
+    constants: tuple[Any, ...]
+    function: Any = dataclasses.field(compare=False)
 
     def __call__(self, leaves: Any, v: Any) -> Any:
-        return self.matvec(jax.tree.unflatten(self.tree, leaves), v)
+        return self.function(*leaves, v)[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,32 +128,40 @@ class _Closed:
     function: Any
 
     def __call__(self, leaves: Any, v: Any) -> Any:
-        return self.function(*leaves, v)
+        return self.function(*leaves, v)[0]
 
 
-_plain: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
+_ADDRESS = re.compile(r"0x[0-9a-f]+")  # of a rule in a printed program: another at each trace
 
 
-def _hoist(matvec: Any, tree: Any, leaves: list[Any], example: Any) -> Any:
-    """Turn tracers that matvec closes over into leaves; None if there are none."""
-    key = (tree, tuple((t.shape, t.dtype) for t in leaves), example.dtype)
-    try:
-        seen = _plain.setdefault(matvec, set())
-    except TypeError:  # not weakly referable
-        seen = set()
-    if key in seen:
-        return None
-    call = _Open(matvec, tree)
-    traced = jax.make_jaxpr(lambda leaves, v: call(leaves, v))(leaves, example)
-    if not any(isinstance(c, jax.core.Tracer) for c in traced.consts):
-        seen.add(key)
-        return None
-    count = len(traced.consts)
-    body = traced.jaxpr
+def _traced(matvec: Any, tree: Any, leaves: list[Any], example: Any) -> tuple[Any, Any, list[Any]]:
+    """Trace matvec: a function of (leaves, v), its result's shape, the leaves.
+
+    Tracers that matvec closes over become leaves, so that derivatives in them are seen.
+    """
+
+    def of_leaves(*args: Any) -> Any:
+        return matvec(jax.tree.unflatten(tree, args[:-1]), args[-1])
+
+    traced, result = jax.make_jaxpr(of_leaves, return_shape=True)(*leaves, example)
+    constants = traced.consts
+    if not any(isinstance(c, jax.core.Tracer) for c in constants):
+        text = _ADDRESS.sub("", str(traced.jaxpr))
+        known = tuple(map(_identity, constants))
+        return _Recorded(matvec, tree, text, known, jaxpr_as_fun(traced)), result, leaves
+    count = len(constants)
 
     def evaluate(*args: Any) -> Any:
-        return jax.core.eval_jaxpr(body, args[:count], *args[count:])[0]
+        return jax.core.eval_jaxpr(traced.jaxpr, args[:count], *args[count:])
 
-    hoisted = [*(jnp.asarray(c) for c in traced.consts), *leaves]
+    hoisted = [*(jnp.asarray(c) for c in constants), *leaves]
     function = jaxpr_as_fun(jax.make_jaxpr(evaluate)(*hoisted, example))
-    return (lambda *args: function(*args)[0]), hoisted
+    return _Closed(function), result, hoisted
+
+
+def _identity(constant: Any) -> Any:
+    """What tells a constant of a program from others while the program, which holds it, lives."""
+    if isinstance(constant, jax.Array):
+        return id(constant)
+    constant = np.asarray(constant)
+    return constant.shape, constant.dtype, constant.tobytes()

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from funclsq.jax.convert import jax_array
 from funclsq.jax.lstsq import lstsq
 from funclsq.jax.sparse import Sparse
 from funclsq.pattern import SparsityPattern
@@ -57,7 +58,7 @@ class LeastSquares(eqx.Module):
         weights: Any = None,
         **options: Any,
     ) -> None:
-        self.A = Sparse(pattern, jnp.asarray(values))
+        self.A = Sparse(pattern, jax_array(values, "LeastSquares: values"))
         real = jnp.finfo(self.A.dtype).dtype
         self.log_damp = _log(damp, "damp", real)
         self.log_weights = _log(weights, "weights", real)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import sparse as jsparse
 
 from funclsq.jax import products
-from funclsq.jax.convert import from_torch, require_representable, to_torch
+from funclsq.jax.convert import from_torch, jax_array, require_representable, to_torch
 from funclsq.jax.structures import make_pattern
 from funclsq.pattern import SparsityPattern
 from funclsq.sparse import Sparse as TorchSparse
@@ -109,14 +109,14 @@ class Sparse:
         return self._product(products.rmv, u, self.pattern.shape[0])
 
     def _product(self, product: Any, v: Any, rows: int) -> Any:
-        v = jnp.asarray(v)
+        v = jax_array(v, "Sparse: the other factor")
         vector = v.ndim == 1
         if v.ndim == 0 or v.shape[0 if vector else -2] != rows:
             raise ValueError(
                 f"Sparse: the other factor must have {rows} rows beside a matrix of shape "
                 f"{self.shape}; got shape {v.shape}."
             )
-        values = jnp.asarray(self.values)
+        values = jax_array(self.values, "Sparse: values")
         dtype = jnp.result_type(values, v)
         block = (v[:, None] if vector else v).astype(dtype)
         call = lambda a, t: product(self.pattern, a, t)  # noqa: E731
@@ -144,7 +144,8 @@ class Sparse:
         """Take the nonzero entries of a concrete matrix."""
         A = np.asarray(A)
         row, col = np.nonzero(A)
-        return cls(SparsityPattern(row, col, A.shape), jnp.asarray(A[row, col]))
+        values = jax_array(A[row, col], "Sparse.fromdense: the matrix")
+        return cls(SparsityPattern(row, col, A.shape), values)
 
     @classmethod
     def from_bcoo(cls, A: Any) -> Sparse:
