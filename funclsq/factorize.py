@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from funclsq import derivatives, raw
 from funclsq.beneath import differentiated
+from funclsq.checks import dense_tensor
 from funclsq.inputs import Problem, canonical
 from funclsq.settings import settings
 
@@ -38,11 +40,14 @@ class Factorization:
         """(m, n) of A."""
         return self._problem.plan.structure.shape
 
-    def _apply(self, v: Tensor, rows: int, name: str, adjoint: bool) -> tuple[Tensor, ...]:
+    def _apply(
+        self, v: Tensor, rows: int, name: str, adjoint: bool, weighted: bool = False
+    ) -> tuple[Tensor, ...]:
         p = self._problem
+        v = dense_tensor(v, "the argument", name)
         vector = v.ndim == 1
         block = v.unsqueeze(-1) if vector else v
-        if block.shape[-2] != rows:
+        if v.ndim == 0 or block.shape[-2] != rows:
             raise ValueError(
                 f"{name}: needs {rows} rows for A {self.shape}; got shape {tuple(v.shape)}."
             )
@@ -50,13 +55,15 @@ class Factorization:
             raise TypeError(f"{name}: needs dtype {p.dtype}; got {v.dtype}.")
         flat = block = block.to(p.b.dtype)
         if p.lead:
-            flat = block.expand(*p.lead, *block.shape[-2:]).reshape(-1, *block.shape[-2:])
-        elif block.ndim > 2:
-            flat = block.flatten(0, -3)
+            flat = block.expand(*p.lead, *block.shape[-2:])
+        if flat.ndim > 2:
+            flat = flat.flatten(0, -3)
         c, g = (None, flat) if adjoint else (flat, None)
         followed = differentiated(block, p.w, p.d2, *p.params)
         plan = p.plan.with_derivatives() if followed else p.plan
         x, s, _ = derivatives.solve(plan, p.w, p.d2, c, g, None, p.params, primary=not adjoint)
+        if weighted and p.w is not None:
+            s = p.w.unsqueeze(-1) * s
         lead = p.lead or block.shape[:-2]
 
         def back(t: Tensor) -> Tensor:
@@ -74,12 +81,8 @@ class Factorization:
 
         For damp = 0 and no weights this is the minimum-norm solution of A^H y = g.
         """
-        y = self._apply(g, self.shape[1], "Factorization.adjoint", adjoint=True)[1]
-        w = self._problem.w
-        if w is None:
-            return y
-        w = w.to(y.real.dtype)
-        return w * y if g.ndim == 1 and w.ndim == 1 else w.unsqueeze(-1) * y
+        name = "Factorization.adjoint"
+        return self._apply(g, self.shape[1], name, adjoint=True, weighted=True)[1]
 
     def solve_normal(self, g: Tensor) -> Tensor:
         """G^+ g for g (n,) or (..., n, k), with G = A^H W A + damp^2."""
@@ -103,8 +106,9 @@ def factorize(
     Parameters
     ----------
     A, damp, weights, solver, rank, rcond, check_finite, compute_dtype, **options
-        As in :func:`funclsq.lstsq`. ``solver="auto"`` means ``"cholesky"`` for a sparse matrix
-        on the CPU: what is kept should be a factor.
+        As in :func:`funclsq.lstsq`. ``solver="auto"`` makes no trial of ``lsmr``, since what is
+        kept should be a factor: of a sparse matrix on the CPU it is that of ``"cholesky"``, or
+        of ``"qr"`` where A is small enough to be written out or a lower ``rank`` is given.
 
     Returns
     -------
@@ -128,7 +132,9 @@ def factorize(
     b = _blank(A)
     p = canonical("factorize", A, b, damp, weights, None, opts, "warn", check_finite, compute_dtype)
     sparse = p.plan.structure.kind == "sparse" and b.device.type == "cpu"
-    if solver == "auto" and sparse and min(p.plan.structure.shape) > 128:
+    least = min(p.plan.structure.shape)
+    lower = isinstance(rank, int) and rank < least  # which no Cholesky factor can bring about
+    if solver == "auto" and sparse and least > 128 and not lower:
         opts = opts._replace(solver="cholesky")
         p = canonical(
             "factorize", A, b, damp, weights, None, opts, "warn", check_finite, compute_dtype
@@ -150,6 +156,8 @@ def _blank(A: Any) -> Tensor:
         like = A.values.detach()
     elif getattr(A, "params", ()):
         like = A.params[0].detach()
+    elif isinstance(getattr(A, "dtype", None), np.dtype):  # NumPy, scipy.sparse
+        like = torch.from_numpy(np.empty(0, dtype=A.dtype))
     else:
         like = torch.empty(0, dtype=torch.float64)
     dtype = like.dtype if like.dtype.is_floating_point or like.dtype.is_complex else torch.float64

@@ -259,7 +259,7 @@ def _weights(weights, b, m, k, vector, name):
         return w, tuple(w.shape[:-2]), True
     raise ValueError(
         f"{name}: weights must have shape ({m},), one per row"
-        f"{'' if vector else f', or (..., {m}, {k}), one per row and column'}; got "
+        f"{'' if vector or not k else f', or (..., {m}, {k}), one per row and column'}; got "
         f"{tuple(w.shape)}."
     )
 

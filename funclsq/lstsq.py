@@ -38,7 +38,7 @@ def lstsq(
 
     Parameters
     ----------
-    A : Tensor, scipy.sparse matrix, Sparse or LinearOperator, shape (..., m, n)
+    A : Tensor, NumPy array, scipy.sparse matrix, Sparse or LinearOperator, shape (..., m, n)
         Any shape and rank; dense, or sparse in any torch layout; real or complex.
     b : Tensor, shape (m,) or (..., m, k)
         Right-hand side, a vector if and only if it is 1-D. Same dtype and device as A.
@@ -49,12 +49,14 @@ def lstsq(
     x0 : Tensor, shape as x, optional
         Where x is pulled by damp, and which minimiser is chosen where several are; 0 by default.
     solver : str or callable
-        ``"auto"``, ``"lsmr"``, ``"lsqr"``, ``"cgls"``, ``"cholesky"``, ``"qr"``, ``"svd"``, a
-        function of :mod:`funclsq.solvers` (with settings: ``partial(lsmr, atol=1e-8)``), or any
-        ``solver(A, b) -> x``, with ``adjoint_solver=`` for problems with A^H.
+        ``"auto"``, ``"lsmr"``, ``"lsqr"``, ``"cgls"``, ``"cholesky"``, ``"qr"``, ``"svd"``,
+        ``"gradient_descent"``, a function of :mod:`funclsq.solvers` (with settings:
+        ``partial(lsmr, atol=1e-8)``), or any ``solver(A, b) -> x``, with ``adjoint_solver=`` for
+        problems with A^H.
     rank : {"auto", "full"} or int
         What is known of the rank of A. ``"full"`` saves the derivative terms that only a
-        rank-deficient A needs.
+        rank-deficient A needs. An int is the number of singular values that ``"qr"`` and
+        ``"svd"`` keep (``"auto"`` takes ``"qr"``); the other methods find the rank themselves.
     rcond : float, optional
         Tolerance of rank decisions; by default max(m, n) eps.
     on_failure : {"warn", "raise", "ignore"}

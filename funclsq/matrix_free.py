@@ -37,6 +37,11 @@ class LinearOperator:
         from ``matvec`` by reverse-mode differentiation. One that is given is tested once:
         ``<u, A v> = <A^H u, v>`` must hold for a random pair.
 
+    Raises
+    ------
+    TypeError
+        If ``matvec`` is not callable, or one of ``params`` is not a tensor.
+
     Examples
     --------
     >>> import torch, funclsq as fl

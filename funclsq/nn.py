@@ -141,15 +141,19 @@ class LeastSquares(nn.Module):
     def objective(self, x: Tensor, b: Tensor | None = None) -> Tensor:
         """||W^(1/2)(A x - b)||^2 + damp^2 ||x - x0||^2, summed over columns."""
         A, b = self.matrix, self._right(b)
+        x0, weights, damp = self.x0, self.weights, self.damp
+        if b.ndim == 1:  # one column
+            x, b = x.unsqueeze(-1), b.unsqueeze(-1)
+            x0 = None if x0 is None else x0.unsqueeze(-1)
+        elif x0 is not None and x0.ndim == 1:
+            x0 = x0.unsqueeze(-1)
         square = (_product(A, x) - b).abs() ** 2
-        if self.weights is not None:
-            rows = self.weights.unsqueeze(-1)
-            square = (self.weights if square.ndim == self.weights.ndim else rows) * square
+        if weights is not None:
+            square = (weights.unsqueeze(-1) if weights.ndim == 1 else weights) * square
         total = square.sum()
         if self._damped:
-            shift = (x if self.x0 is None else x - self.x0).abs() ** 2
-            damp = self.damp.unsqueeze(-1) if self.damp.ndim and x.ndim > 1 else self.damp
-            total = total + (damp**2 * shift).sum()
+            shift = (x if x0 is None else x - x0).abs() ** 2
+            total = total + ((damp.unsqueeze(-1) if damp.ndim else damp) ** 2 * shift).sum()
         return total
 
     def _right(self, b: Tensor | None) -> Tensor:
@@ -202,10 +206,11 @@ class Objective(nn.Module):
         super().__init__()
         self.problem = problem
         b = problem._right(None)
+        n = problem.matrix.shape[-1]
+        like = b.new_zeros((n,) if b.ndim == 1 else (*b.shape[:-2], n, b.shape[-1]))
         if x is None:
-            x = problem.x0
-        if x is None:
-            x = b.new_zeros((problem.matrix.shape[-1], *b.shape[1:]))
+            x = like if problem.x0 is None else problem.x0
+            x = x.unsqueeze(-1).expand_as(like) if x.ndim == 1 and b.ndim > 1 else x
         self.x = nn.Parameter(x.detach().clone())
 
     def forward(self) -> Tensor:

@@ -123,7 +123,7 @@ class SparsityPattern:
         """
         m, _ = _check_shape(shape)
         indptr = _index_array(indptr, "indptr")
-        counts = np.diff(indptr)
+        counts = np.diff(indptr.astype(np.int64))  # unsigned ones would wrap
         if indptr.size != m + 1 or indptr[0] != 0 or (counts < 0).any():
             raise ValueError(
                 f"SparsityPattern.from_csr: indptr must rise from 0 over {m + 1} entries for "
@@ -180,22 +180,24 @@ class SparsityPattern:
     @property
     def indptr(self) -> np.ndarray:
         """Row starts of the canonical CSR form."""
-        return self._canonicalise()[0]
+        return _read_only(self._canonicalise()[0])
 
     @property
     def indices(self) -> np.ndarray:
         """Columns of the canonical CSR form."""
-        return self._canonicalise()[1]
+        return _read_only(self._canonicalise()[1])
 
     @property
     def order(self) -> np.ndarray | None:
         """Entry order that sorts the entries into CSR order; None if they are in it already."""
-        return self._canonicalise()[2]
+        order = self._canonicalise()[2]
+        return None if order is None else _read_only(order)
 
     @property
     def slot(self) -> np.ndarray | None:
         """CSR slot of each *sorted* entry; None if no entry repeats."""
-        return self._canonicalise()[3]
+        slot = self._canonicalise()[3]
+        return None if slot is None else _read_only(slot)
 
     @property
     def nnz_unique(self) -> int:
@@ -212,24 +214,28 @@ class SparsityPattern:
     @property
     def t_indptr(self) -> np.ndarray:
         """Row starts of the CSR form of A^T."""
-        return self._transposed()[0]
+        return _read_only(self._transposed()[0])
 
     @property
     def t_indices(self) -> np.ndarray:
         """Columns (rows of A) of the CSR form of A^T."""
-        return self._transposed()[1]
+        return _read_only(self._transposed()[1])
 
     @property
     def t_perm(self) -> np.ndarray:
         """Permutation from the CSR values of A to those of A^T."""
-        return self._transposed()[2]
+        return _read_only(self._transposed()[2])
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
         """Return an index array as a tensor on ``device`` (raw kernels only; kept)."""
         key = (name, device)
         found = self._tensors.get(key)
         if found is None:
-            found = self._tensors[key] = torch.from_numpy(getattr(self, name)).to(device)
+            array = getattr(self, name)
+            if not array.flags.writeable:  # torch warns of read-only memory; nobody writes here
+                array = array.view()
+                array.setflags(write=True)
+            found = self._tensors[key] = torch.from_numpy(array).to(device)
         return found
 
     def permutation(self, name: str, device: torch.device) -> Tensor | None:
@@ -272,7 +278,7 @@ class SparsityPattern:
                     (block * n + self.indices).reshape(-1),
                     (copies * m, copies * n),
                 )
-                kept = [k for k in self.cache if isinstance(k, tuple) and k[0] == "repeated"]
+                kept = [k for k in list(self.cache) if isinstance(k, tuple) and k[0] == "repeated"]
                 for old in kept[: max(0, len(kept) - _MAX_BATCHED + 1)]:
                     del self.cache[old]
             self.cache[key] = found
@@ -298,6 +304,13 @@ def _frozen(array: np.ndarray, dtype: Any) -> np.ndarray:
     out = np.array(array, dtype=dtype, order="C", copy=True)
     out.setflags(write=False)
     return out
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    """Return a view that cannot be written through: plans and tensors are made of what is kept."""
+    view = array.view()
+    view.setflags(write=False)
+    return view
 
 
 def _check_shape(shape: Any) -> tuple[int, int]:

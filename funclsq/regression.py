@@ -11,6 +11,7 @@ from torch import Tensor
 
 from funclsq import derivatives
 from funclsq.extended import refinement
+from funclsq.full_precision import full_precision
 from funclsq.inputs import Problem, canonical
 from funclsq.lstsq import _solve as solve_problem
 from funclsq.lstsq import solution
@@ -41,7 +42,8 @@ class LinearRegression:
     rank : int Tensor, shape () or (k,)
         Rank of the design (with damp: of the damped one); -1 where the solver does not tell.
     degrees_of_freedom : Tensor, shape () or (k,)
-        Rows of positive weight less rank, or with damp less the trace of the hat matrix.
+        Rows of positive weight less rank, or with damp less the trace of the hat matrix; NaN where
+        the rank is not known, and with damp where the covariance was not asked for.
     variance : Tensor, shape () or (k,)
         Weighted sum of squared residuals per degree of freedom; its root is the residual standard
         deviation. NaN without degrees of freedom.
@@ -93,7 +95,8 @@ def linear_regression(
     weights : real Tensor, shape (m,) or (m, k), optional
         Row weights, in proportion to 1 / variance of y; rows of weight 0 are not counted.
     covariance : bool
-        Whether to find the covariance; it takes n solves and (n, n) memory.
+        Whether to find the covariance; it takes n solves and (n, n) memory. With damp the degrees
+        of freedom, and so the variance, need them too.
     **options
         ``solver``, ``rank``, ``rcond``, ``on_failure``, ``check_finite`` and settings of the
         solver, as in :func:`funclsq.lstsq`.
@@ -154,17 +157,18 @@ def linear_regression(
     found = inverse = None
     if covariance:
         found, inverse = _covariance(p, sol.rank, n)
-    used = sol.rank.to(square.dtype) if found is None else found
+    used = _parameters_told(p, sol.rank, square) if found is None else found
     dof = p.restore_info(count.expand(square.shape).unsqueeze(-1)).squeeze(-1) - used
     sigma2 = p.restore_info(square.unsqueeze(-1)).squeeze(-1)
     sigma2 = sigma2 / torch.where(dof > 0, dof, torch.nan)
     parameters = sol.x
-    last = parameters[..., n - 1, :] if parameters.ndim > 1 else parameters[n - 1]
     split = n - int(intercept)
-    rows = 0 if parameters.ndim == 1 else parameters.ndim - 2
+    rows = parameters.ndim - (1 if p.vector else 2)
     fields = {
         "coefficients": parameters.narrow(rows, 0, split),
-        "intercept": last if intercept else torch.zeros_like(parameters.sum(rows)),
+        "intercept": parameters.select(rows, n - 1)
+        if intercept
+        else torch.zeros_like(parameters.sum(rows)),
         "residuals": p.restore(r),
         "rank": sol.rank,
         "degrees_of_freedom": dof,
@@ -173,7 +177,7 @@ def linear_regression(
     if inverse is not None:
         full = sigma2[..., None, None] * inverse
         errors = full.diagonal(dim1=-2, dim2=-1).real.clamp_min(0).sqrt()
-        errors = errors if parameters.ndim == 1 else errors.movedim(-1, rows)
+        errors = errors.movedim(-1, rows)
         fields["covariance"] = full
         fields["standard_errors"] = errors.narrow(rows, 0, split)
         constant = errors.select(rows, n - 1) if intercept else None
@@ -260,6 +264,15 @@ def _weighted(p: Problem, r: Tensor) -> tuple[Tensor, Tensor]:
     return (w > 0).to(square.dtype).sum(-2), (w * square).sum(-2)
 
 
+def _parameters_told(p: Problem, rank: Tensor, square: Tensor) -> Tensor:
+    """Parameters used up, as far as the rank tells: not where it is unknown, nor with damping."""
+    unknown = rank < 0
+    if p.d2 is not None:
+        damped = (p.d2 > 0).any(-1, keepdim=True).to(square.dtype).expand(square.shape)
+        unknown = unknown | (p.restore_info(damped.unsqueeze(-1)).squeeze(-1) > 0)
+    return torch.where(unknown, torch.nan, rank.to(square.dtype))
+
+
 def _covariance(p: Problem, rank: Tensor, n: int) -> tuple[Tensor | None, Tensor]:
     """Parameters used up (None: the rank), and G^-1 A^H W A G^-1 with NaN where rank lacks."""
     eye = torch.eye(n, dtype=p.b.dtype, device=p.b.device)
@@ -270,7 +283,8 @@ def _covariance(p: Problem, rank: Tensor, n: int) -> tuple[Tensor | None, Tensor
     if p.d2 is not None:
         D2 = p.d2.unsqueeze(-1)
         trace = n - (p.d2 * N.diagonal(dim1=-2, dim2=-1).real).sum(-1)
-        N = N - N @ (D2 * N)
+        with full_precision(N.device.type):
+            N = N - N @ (D2 * N)
     if p.per_column:
         N = N.unflatten(0, (*p.lead, -1))
         trace = None if trace is None else trace.unflatten(0, (*p.lead, -1))

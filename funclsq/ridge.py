@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from funclsq.checks import dense_tensor
 from funclsq.lstsq import solve
 
 __all__ = ["RidgePath", "ridge_path"]
@@ -71,8 +72,8 @@ def ridge_path(A: Any, b: Tensor, damp: Tensor, **options: Any) -> RidgePath:
     Raises
     ------
     ValueError
-        If damp is not one-dimensional with at least five increasing positive entries, or b is
-        not a vector.
+        If damp is not one-dimensional with at least five increasing positive entries, b is not
+        a vector, or A or an option has batch dimensions.
 
     References
     ----------
@@ -87,11 +88,13 @@ def ridge_path(A: Any, b: Tensor, damp: Tensor, **options: Any) -> RidgePath:
     >>> path.x.shape, bool((path.solution_norm.diff() < 0).all())
     (torch.Size([9, 3]), True)
     """
+    b = dense_tensor(b, "b", "ridge_path")
     if b.ndim != 1:
         raise ValueError(
             f"ridge_path: b must be a vector (m,); got shape {tuple(b.shape)}. Call it once for "
             "each column, b[:, i]."
         )
+    damp = dense_tensor(damp, "damp", "ridge_path")
     flat = damp.detach()
     if damp.ndim != 1 or len(damp) < 5 or bool((flat <= 0).any() | (flat.diff() <= 0).any()):
         raise ValueError(
@@ -99,5 +102,14 @@ def ridge_path(A: Any, b: Tensor, damp: Tensor, **options: Any) -> RidgePath:
             f"{tuple(damp.shape)}. Try torch.logspace(-6, 1, 60)."
         )
     sol = torch.func.vmap(lambda d: solve(A, b, damp=d, **options))(damp)
-    shift = sol.x if options.get("x0") is None else sol.x - options["x0"]
+    if sol.x.ndim != 2:
+        raise ValueError(
+            "ridge_path: needs one problem; A or an option has batch dimensions "
+            f"{tuple(sol.x.shape[1:-1])}. Call it once for each member."
+        )
+    shift = (
+        sol.x
+        if options.get("x0") is None
+        else sol.x - dense_tensor(options["x0"], "x0", "ridge_path")
+    )
     return RidgePath(damp, sol.x, sol.residual_norm, torch.linalg.vector_norm(shift, dim=1))

@@ -297,6 +297,9 @@ def test_every_backend(backend):
         assert error(x, true) <= 1e-12
         assert (status == Status.DIRECT).all()
         assert prepared.nbytes > 0
+        for right in (g.copy(), g[:, :1].copy()):
+            prepared._problem.core.normal.solve(torch.from_numpy(right))
+            np.testing.assert_array_equal(right, g[:, : right.shape[1]])
     A[:, 1] = A[:, 0]
     check_minimum_norm(A, prepare(sparse_op(A), None, Options(backend=backend)))
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import weakref
 
+import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from cases import DTYPES, LAYOUTS, operands, problem
 from oracle import check, reference
 
 import funclsq as fl
 from funclsq import raw
+from funclsq.solution import METHODS
 
 F64 = torch.float64
 
@@ -184,3 +187,78 @@ def test_a_sparse_matrix_beyond_small_is_factored():
     b = torch.randn(n, dtype=F64)
     torch.testing.assert_close(A @ f.solve(b), b)
     assert fl.solve(A, b, solver="cholesky").solver == "cholesky"
+
+
+def _sparse(m, n):
+    """A well-conditioned random matrix, on which lsmr wins where one answer is wanted."""
+    draw = torch.Generator().manual_seed(0)
+    kept = torch.rand(m, n, generator=draw) < 0.05
+    A = torch.randn(m, n, generator=draw, dtype=F64) * kept
+    return fl.Sparse.from_torch(A.to_sparse_coo()), A
+
+
+@pytest.mark.parametrize("after_a_solve", [False, True])
+def test_auto_keeps_a_factor_of_a_narrow_sparse_matrix(after_a_solve):
+    """100 columns: too large to be written out, and iterations would be repeated per solve."""
+    A, dense = _sparse(2000, 100)
+    b = torch.ones(2000, dtype=F64)
+    raw.clear_cache()
+    if after_a_solve:
+        assert fl.solve(A, b).solver == "lsmr"
+    f = fl.factorize(A)
+    torch.testing.assert_close(f.solve(b), torch.linalg.lstsq(dense, b[:, None]).solution[:, 0])
+    assert fl.Method(f._pin.prepared.method % METHODS).name == "cholesky"
+
+
+def test_a_lower_rank_that_was_given_is_kept():
+    """It was left out where auto stood for cholesky."""
+    A, dense = _sparse(400, 150)
+    b = torch.ones(400, dtype=F64)
+    U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
+    want = Vh[:100].mT @ ((U[:, :100].mT @ b) / S[:100])
+    torch.testing.assert_close(fl.factorize(A, rank=100).solve(b), want)
+    torch.testing.assert_close(fl.lstsq(A, b, rank=100), want)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64", "complex128", "int64"])
+@pytest.mark.parametrize("wrap", [np.asarray, scipy.sparse.csr_array, scipy.sparse.coo_matrix])
+def test_matrices_of_numpy_and_scipy_bring_their_dtype(wrap, dtype):
+    A = np.array([[2, 0], [1, 3], [0, 1]], dtype=dtype)
+    if dtype == "int64" and wrap is np.asarray:
+        with pytest.raises(TypeError, match="floating point"):
+            fl.factorize(A)
+        return
+    b = torch.ones(3, dtype=F64 if dtype == "int64" else getattr(torch, dtype))
+    torch.testing.assert_close(fl.factorize(wrap(A)).solve(b), fl.lstsq(wrap(A), b))
+
+
+@pytest.mark.parametrize("lead", [(2,), (8,), (2, 3)])
+@pytest.mark.parametrize("columns", [None, 1, 8])
+def test_adjoint_of_a_batch_of_weights(lead, columns):
+    A = torch.randn(8, 3, dtype=F64)
+    W = torch.rand(*lead, 8, 1, dtype=F64) + 0.5
+    g = torch.randn(3, dtype=F64) if columns is None else torch.randn(3, columns, dtype=F64)
+    got = fl.factorize(A, weights=W).adjoint(g)
+    block = g[:, None] if columns is None else g
+    want = W * (A @ torch.linalg.inv(A.mT @ (W * A)) @ block)
+    torch.testing.assert_close(got, want[..., 0] if columns is None else want)
+
+
+def test_what_a_factorization_cannot_take():
+    f = fl.factorize(torch.randn(8, 3, dtype=F64))
+    b = torch.randn(8, dtype=F64)
+    torch.testing.assert_close(f.solve(b.numpy()), f.solve(b))
+    with pytest.raises(ValueError, match="needs 8 rows"):
+        f.solve(b[0])
+    with pytest.raises(TypeError, match="got list"):
+        f.solve(b.tolist())
+    with pytest.raises(ValueError, match=r"one per row; got \(8, 2\)"):  # nothing of 0 columns
+        fl.factorize(torch.randn(8, 3, dtype=F64), weights=torch.rand(8, 2, dtype=F64))
+
+
+def test_no_columns_for_a_batch_and_no_scalar():
+    A = torch.randn(3, 5, 2, dtype=torch.float64)
+    f = fl.factorize(A)
+    assert f.solve(torch.zeros(3, 5, 0, dtype=torch.float64)).shape == (3, 2, 0)
+    with pytest.raises(ValueError, match="needs 5 rows"):
+        f.solve(torch.tensor(1.0, dtype=torch.float64))

@@ -141,3 +141,55 @@ def test_errors(problem):
         LeastSquares(A, b, trainable="weights")
     with pytest.raises(ValueError, match="needs a right-hand side"):
         LeastSquares(A)()
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "operator"])
+@pytest.mark.parametrize("columns", [None, 1, 4, 12])  # 4 and 12 broadcast with anything
+@pytest.mark.parametrize("per_row", [(12,), (12, 1)])
+def test_the_objective_is_that_of_the_layer(kind, columns, per_row):
+    A = torch.randn(12, 4, dtype=F64)
+    b = torch.randn(12, *(() if columns is None else (columns,)), dtype=F64)
+    given = {"damp": torch.rand(4, dtype=F64), "weights": torch.rand(per_row, dtype=F64)}
+    layer = LeastSquares(kinds(A)[kind], b, x0=torch.randn(4, dtype=F64), **given)
+    x = layer().requires_grad_()
+    r, shift = A @ x - b, x.mT - layer.x0 if x.ndim > 1 else x - layer.x0
+    w = given["weights"].flatten()
+    want = (w * r.mT**2 if r.ndim > 1 else w * r**2).sum() + (given["damp"] * shift).square().sum()
+    torch.testing.assert_close(layer.objective(x), want)
+    (slope,) = torch.autograd.grad(layer.objective(x), x)  # x minimises it
+    torch.testing.assert_close(slope, torch.zeros_like(x), rtol=0, atol=1e-10)
+    assert Objective(layer).x.shape == x.shape
+
+
+def test_the_objective_of_a_batch():
+    A, b = torch.randn(3, 12, 4, dtype=F64), torch.randn(12, dtype=F64)
+    layer = LeastSquares(A, b, damp=0.5)
+    x = layer().requires_grad_()
+    (slope,) = torch.autograd.grad(layer.objective(x), x)
+    torch.testing.assert_close(slope, torch.zeros_like(x), rtol=0, atol=1e-10)
+    layer = LeastSquares(A[0], torch.randn(5, 12, 2, dtype=F64), damp=0.5)
+    assert Objective(layer).x.shape == layer().shape
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_the_objective_is_that_of_the_solver_for_every_shape_it_takes(square):
+    A, b = (
+        torch.randn(4 if square else 7, 4, dtype=F64),
+        torch.randn(4 if square else 7, 4, dtype=F64),
+    )
+    w, start, x = (
+        torch.rand(len(b), dtype=F64),
+        torch.randn(4, dtype=F64),
+        torch.randn(4, 4, dtype=F64),
+    )
+    whole = LeastSquares(A, b, damp=0.5, weights=w, x0=start)
+    want = (w[:, None] * (A @ x - b) ** 2).sum() + 0.25 * ((x - start[:, None]) ** 2).sum()
+    torch.testing.assert_close(whole.objective(x), want)
+    loss = Objective(whole)
+    torch.testing.assert_close(loss.x.detach(), start[:, None].expand(4, 4))
+    one = LeastSquares(A, b[:, 0], damp=0.5, weights=w[:, None], x0=start)
+    want = (w * (A @ x[:, 0] - b[:, 0]) ** 2).sum() + 0.25 * ((x[:, 0] - start) ** 2).sum()
+    torch.testing.assert_close(one.objective(x[:, 0]), want)
+    best = whole().requires_grad_()
+    (slope,) = torch.autograd.grad(whole.objective(best), best)
+    assert slope.abs().max() < 1e-10

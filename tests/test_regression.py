@@ -240,6 +240,60 @@ def test_under_transforms(data):
     torch.testing.assert_close(fits.standard_errors[1], 2 * fits.standard_errors[0])
 
 
+# Batches, and what cannot be known
+
+FIELDS = [
+    "coefficients",
+    "intercept",
+    "residuals",
+    "rank",
+    "degrees_of_freedom",
+    "variance",
+    "covariance",
+    "standard_errors",
+    "intercept_error",
+]
+
+
+@pytest.mark.parametrize("damp", [0.0, 0.7])
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("batched", ["X", "weights"])
+def test_a_batch_with_one_vector_is_its_members(data, batched, intercept, damp):
+    X, y = data
+    many = torch.stack([X * (i + 1) for i in range(6)])  # more members than parameters
+    W = torch.rand(6, 30, 1, dtype=F64) + 0.5
+    how = {"intercept": intercept, "damp": damp}
+    if batched == "X":
+        fit = fl.linear_regression(many, y, **how)
+        members = [fl.linear_regression(one, y, **how) for one in many]
+    else:
+        fit = fl.linear_regression(X, y, weights=W, **how)
+        members = [fl.linear_regression(X, y, weights=w[:, 0], **how) for w in W]
+    for name in FIELDS:
+        want = torch.stack([getattr(one, name) for one in members])
+        torch.testing.assert_close(getattr(fit, name), want, rtol=1e-10, atol=1e-12)
+
+
+def test_degrees_of_freedom_are_not_made_up(data):
+    X, y = data
+
+    def own(A, b):
+        return torch.linalg.lstsq(A, b).solution
+
+    fit = fl.linear_regression(X, y, solver=own)
+    assert int(fit.rank) == -1
+    assert fit.degrees_of_freedom.isnan()
+    assert fit.variance.isnan()
+    Y = torch.stack((y, 2 * y), 1)
+    fit = fl.linear_regression(X, Y, damp=2.0, covariance=False)
+    assert fit.degrees_of_freedom.isnan().tolist() == [True, True]
+    full = fl.linear_regression(X, Y, damp=2.0)
+    assert (full.degrees_of_freedom > 30 - 4).all()
+    torch.testing.assert_close(fit.coefficients, full.coefficients)
+    fit = fl.linear_regression(X, Y, damp=torch.zeros((), dtype=F64), covariance=False)
+    assert fit.degrees_of_freedom.tolist() == [26.0, 26.0]
+
+
 # Errors and tools
 
 

@@ -82,6 +82,22 @@ def test_a_pattern_is_not_changed_by_what_it_was_made_from():
         S.row[0] = 1
 
 
+def test_what_a_pattern_shows_cannot_be_written():
+    S = fl.SparsityPattern([2, 0, 1, 0, 2], [0, 1, 0, 1, 1], (3, 2))
+    names = ("row", "col", "indptr", "indices", "order", "slot", "t_indptr", "t_indices", "t_perm")
+    for name in names:
+        with pytest.raises(ValueError, match="read-only"):
+            getattr(S, name)[0] = 1
+        if name not in ("row", "col"):
+            tensor = S.tensor(name, torch.device("cpu"))
+            np.testing.assert_array_equal(tensor.numpy(), getattr(S, name))
+
+
+def test_row_starts_must_rise_whatever_their_type():
+    with pytest.raises(ValueError, match="indptr must rise"):
+        fl.SparsityPattern.from_csr(np.array([0, 2, 1], np.uint64), np.array([0]), (2, 2))
+
+
 def test_indices_are_32_bit_where_they_fit():
     assert fl.SparsityPattern([0], [0], (3, 3)).row.dtype == np.int32
     S = fl.SparsityPattern([2**33], [5], (2**34, 7))
