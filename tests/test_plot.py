@@ -252,3 +252,14 @@ def test_without_matplotlib_the_error_names_the_command():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "pip install 'funclsq[plot]'" in done.stdout, done.stderr
+
+
+def test_ridge_path_takes_one_problem_of_torch_or_numpy():
+    A, b, x0 = (torch.randn(*s, dtype=torch.float64) for s in ((8, 3), (8,), (3,)))
+    damp = torch.logspace(-3, 1, 9, dtype=torch.float64)
+    path = ridge_path(A, b, damp, x0=x0)
+    same = ridge_path(A.numpy(), b.numpy(), damp.numpy(), x0=x0.numpy())
+    torch.testing.assert_close(path.x, same.x)
+    torch.testing.assert_close(path.solution_norm, same.solution_norm)
+    with pytest.raises(ValueError, match=r"batch dimensions \(2,\)"):
+        ridge_path(torch.stack((A, A)), b, damp)
