@@ -356,7 +356,9 @@ def test_float64_without_x64_is_an_error(x32, kind):
         lambda S, wide: flj.Sparse(S, wide) @ jnp.ones(3),
         lambda S, wide: flj.Sparse(S, jnp.ones(3)).T.rmatvec(wide),
         lambda S, wide: flj.LeastSquares(S, wide),
-        lambda S, wide: flj.LinearOperator(lambda p, v: p * v, (3, 3), wide),
+        lambda S, wide: flj.lstsq(
+            flj.LinearOperator(lambda p, v: p * v, (3, 3), wide), jnp.ones(3)
+        ),
     ],
     ids=["fromdense", "product", "values", "adjoint", "layer", "operator"],
 )
