@@ -35,6 +35,14 @@ class Factorization:
     def __reduce__(self) -> tuple[Any, ...]:
         return _made_ready, (self._problem,)
 
+    def __repr__(self) -> str:
+        p = self._problem
+        lead = f", batch={p.lead}" if p.lead else ""
+        return (
+            f"Factorization(shape={self.shape}, dtype={p.dtype}, solver={p.plan.options.solver!r}"
+            f"{lead})"
+        )
+
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n) of A."""

@@ -44,6 +44,8 @@ class LeastSquares(nn.Module):
 
     Raises
     ------
+    TypeError
+        If A is no matrix.
     ValueError
         If ``trainable`` names something else, or something that was not given.
 
@@ -110,6 +112,12 @@ class LeastSquares(nn.Module):
         if isinstance(A, Sparse):
             self.pattern = A.pattern
             return {"A": A.values}
+        if not isinstance(A, Tensor):
+            made = " Give Sparse(pattern, values)." if isinstance(A, SparsityPattern) else ""
+            raise TypeError(
+                "LeastSquares: A must be a Tensor, array, Sparse, scipy.sparse matrix or "
+                f"LinearOperator; got {type(A).__name__}.{made}"
+            )
         return {"A": A}
 
     def _keep(self, name: str, value: Tensor | None, trained: bool) -> None:

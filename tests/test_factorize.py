@@ -248,6 +248,10 @@ def test_what_a_factorization_cannot_take():
     f = fl.factorize(torch.randn(8, 3, dtype=F64))
     b = torch.randn(8, dtype=F64)
     torch.testing.assert_close(f.solve(b.numpy()), f.solve(b))
+    assert repr(f) == "Factorization(shape=(8, 3), dtype=torch.float64, solver='auto')"
+    assert repr(fl.factorize(torch.ones(2, 3, 1))).endswith(
+        "dtype=torch.float32, solver='auto', batch=(2,))"
+    )
     with pytest.raises(ValueError, match="needs 8 rows"):
         f.solve(b[0])
     with pytest.raises(TypeError, match="got list"):

@@ -134,6 +134,9 @@ def test_entries_outside_the_given_pattern_are_noticed(tall):
     wrong = fl.SparsityPattern([0], [0], (3, 3))
     with pytest.raises(ValueError, match="shape of the operator"):
         lx.linear_solve(op, (b[:3], b[3:]), fll.Cholesky(pattern=wrong))
+    twice = fl.SparsityPattern([0, 1, 0], [0, 1, 0], pattern.shape)
+    with pytest.raises(ValueError, match="1 of its 3 positions are repeated"):
+        fll.Cholesky(pattern=twice)
 
 
 def test_failure_is_a_result(tall):

@@ -141,6 +141,10 @@ def test_errors(problem):
         LeastSquares(A, b, trainable="weights")
     with pytest.raises(ValueError, match="needs a right-hand side"):
         LeastSquares(A)()
+    with pytest.raises(TypeError, match=r"got SparsityPattern\. Give Sparse\(pattern, values\)"):
+        LeastSquares(fl.SparsityPattern([0], [0], (1, 1)))
+    with pytest.raises(TypeError, match=r"got list\.$"):
+        LeastSquares([[1.0]])
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse", "operator"])

@@ -160,9 +160,9 @@ class _Solver(lx.AbstractLinearSolver):
     ----------
     pattern : SparsityPattern, optional
         Sparsity of the operator, where it is not a :class:`SparseOperator` (a Jacobian, say): its
-        entries are then recovered from one product per colour of the columns. For the damped
-        operators of Levenberg-Marquardt give the pattern of the Jacobian. Entries outside the
-        pattern are noticed, and make the solve fail.
+        entries are then recovered from one product per colour of the columns. No position may
+        be there twice. For the damped operators of Levenberg-Marquardt give the pattern of the
+        Jacobian. Entries outside the pattern are noticed, and make the solve fail.
     rank : {"auto", "full"} or int
         What is known of the rank; "full" makes derivatives cheaper.
     """
@@ -174,6 +174,15 @@ class _Solver(lx.AbstractLinearSolver):
 
     def _settings(self) -> dict[str, Any]:
         return {}
+
+    def __check_init__(self) -> None:
+        """Refuse a pattern from whose entries no values can be told apart."""
+        pattern = self.pattern
+        if pattern is not None and pattern.nnz_unique < pattern.nnz:
+            raise ValueError(
+                f"pattern: {pattern.nnz - pattern.nnz_unique} of its {pattern.nnz} positions are "
+                "repeated; each entry of the operator must be there once."
+            )
 
     def init(self, operator: Any, options: Any) -> _State:
         """Take the entries of the operator."""
