@@ -73,7 +73,7 @@ REACHED = {
         *_ill_conditioned(1e12), solver="lsmr", rank="full", on_failure="ignore"
     ),
     S.INACCURATE: lambda: fl.solve(
-        *_ill_conditioned(1e15), solver="cholesky", rcond=0.0, on_failure="ignore"
+        *_ill_conditioned(1e16), solver="cholesky", rcond=0.0, on_failure="ignore"
     ),
     S.NONFINITE: lambda: fl.solve(
         1e-300 * _tall()[0], 1e300 * _tall()[1], solver="qr", on_failure="ignore"
