@@ -13,6 +13,7 @@ import torch
 
 import funclsq as fl
 from funclsq import plan
+from funclsq.backends import registry
 from funclsq.methods._protocol import Options
 from funclsq.raw import solver_calls
 from funclsq.settings import settings
@@ -522,3 +523,25 @@ def test_importing_is_light():
     seconds, modules = out.stdout.splitlines()
     assert modules == "[]", out.stdout
     assert float(seconds) < 60  # a sanity bound; timing is measured in a benchmark
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_a_backend_that_cannot_be_had_says_why(broken, monkeypatch):
+    """Absent, or there but not to be imported (a shared library is missing, say)."""
+
+    def find(name):
+        return object() if broken else None
+
+    def load(name):
+        raise ImportError("libmissing.so.5: no such file")
+
+    monkeypatch.setattr(registry.importlib.util, "find_spec", find)
+    monkeypatch.setattr(registry.importlib, "import_module", load)
+    registry._import.cache_clear()
+    try:
+        why = r"cannot be imported here \(libmissing.so.5.*\)" if broken else "is not installed"
+        with pytest.raises(ValueError, match=f"the package 'pypardiso', which {why}") as caught:
+            registry.backend("pardiso")
+    finally:
+        registry._import.cache_clear()
+    assert isinstance(caught.value.__cause__, ImportError if broken else type(None))

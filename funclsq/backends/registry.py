@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -73,14 +73,20 @@ _MODULES = {
 
 
 @functools.cache
-def _load(name: str) -> Backend | None:
+def _import(name: str) -> Any:
+    """The backend's module; None if its package is absent, else what was raised in importing it."""
     requirement, module = _MODULES[name]
     if importlib.util.find_spec(requirement) is None:
         return None
     try:
-        return importlib.import_module(f"funclsq.backends.{module}")  # type: ignore[return-value]
-    except Exception:  # present but unusable, as where a shared library is missing
-        return None
+        return importlib.import_module(f"funclsq.backends.{module}")
+    except Exception as error:  # present but unusable, as where a shared library is missing
+        return error
+
+
+def _load(name: str) -> Backend | None:
+    found = _import(name)
+    return None if isinstance(found, Exception) else found
 
 
 def available() -> tuple[str, ...]:
@@ -103,10 +109,12 @@ def backend(name: str | None, dtype: str = "float64") -> Backend:
         raise ValueError(f"backend must be one of {sorted(_MODULES)} or None; got {name!r}.")
     module = _load(name)
     if module is None:
+        cause = _import(name)
+        why = "is not installed" if cause is None else f"cannot be imported here ({cause})"
         raise ValueError(
-            f"backend {name!r} needs the package {_MODULES[name][0]!r}, which is not usable here; "
-            f"install it, or use one of {available()}."
-        )
+            f"backend {name!r} needs the package {_MODULES[name][0]!r}, which {why}; install it, "
+            f"or use one of {available()}."
+        ) from cause
     if dtype not in module.DTYPES:
         raise ValueError(
             f"backend {name!r} does not factor {dtype}; it factors {sorted(module.DTYPES)}. "
