@@ -147,9 +147,13 @@ def test_the_shift_is_sixteen_times_the_rounding_of_the_normal_matrix(sines):
     assert core.normal.shift == pytest.approx(16 * (2 * len(sines)) ** 0.5 * EPS, rel=1e-3)
 
 
-@pytest.mark.parametrize("damp", [1e-3, 1e-8])
-def test_the_condition_number_is_estimated_when_somebody_asks(damp, monkeypatch):
-    """Damping says that it is small enough, or else the estimate has to."""
+@pytest.mark.parametrize(
+    ("damp", "angle", "needed"),
+    [(1e-3, 1.0, []), (1e-8, 1.0, ["smallest"]), (1e-8, 5.5e-6, ["largest", "smallest"])],
+    ids=["damping", "smallest", "both"],
+)
+def test_the_condition_number_is_estimated_when_somebody_asks(damp, angle, needed, monkeypatch):
+    """Damping says that it is small enough, or the smallest singular value, or the estimate."""
     asked = []
     for name in ("smallest", "largest"):
         estimate = getattr(_core, name)
@@ -157,12 +161,14 @@ def test_the_condition_number_is_estimated_when_somebody_asks(damp, monkeypatch)
             _core, name, lambda n, f=estimate, name=name: asked.append(name) or f(n)
         )
     A = torch.randn(30, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    A[:, 1] = A[:, 0] + angle * A[:, 1]
     B = StackedOp(DenseOp(A), torch.full((8,), damp, dtype=torch.float64))
     core = Core(B, 1e-14, None)
     before = sorted(asked)
+    assert core.small is None  # the plain factor
     x, status, _ = core.solve(torch.randn(38, 1, dtype=torch.float64), None)
     assert status.tolist() == [int(Status.DIRECT)]
-    assert before == sorted(asked) == ([] if damp == 1e-3 else ["largest", "smallest"])
+    assert before == sorted(asked) == needed
     true = torch.linalg.cond(core.normal.B.dense())
     assert 0.7 * true <= core.cond <= 1.01 * true
     assert core.cond is core.cond
