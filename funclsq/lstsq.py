@@ -56,7 +56,8 @@ def lstsq(
     rank : {"auto", "full"} or int
         What is known of the rank of A. ``"full"`` saves the derivative terms that only a
         rank-deficient A needs. An int is the number of singular values that ``"qr"`` and
-        ``"svd"`` keep (``"auto"`` takes ``"qr"``); the other methods find the rank themselves.
+        ``"svd"`` keep (``"auto"`` takes ``"qr"``); the other methods find the rank themselves,
+        and ``"cholesky"`` warns if it is another one.
     rcond : float, optional
         Tolerance of rank decisions; by default max(m, n) eps.
     on_failure : {"warn", "raise", "ignore"}

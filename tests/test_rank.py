@@ -139,6 +139,20 @@ def test_a_false_claim_of_full_rank_is_told(solver, layout, shape):
     np.testing.assert_allclose(x.numpy(), np.linalg.pinv(A) @ b, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("batch", [None, 3])
+def test_cholesky_tells_that_it_found_another_rank_than_was_given(batch):
+    A = torch.from_numpy(np.random.default_rng(4).standard_normal((batch or 1, 9, 5)))
+    A[0, :, 4] = A[0, :, 3]
+    A = A if batch else A[0]
+    b = A[..., :1]
+    with pytest.warns(fl.RankWarning, match="rank=3 was given.* rank 4: solver='cholesky'"):
+        x = fl.lstsq(A, b, rank=3, solver="cholesky")
+    torch.testing.assert_close(A @ x, b)
+    fl.lstsq(A, b, rank=3, solver="cholesky", damp=0.1)  # the rank of A decides nothing there
+    if not batch:
+        fl.lstsq(A, b, rank=4, solver="cholesky")
+
+
 @pytest.mark.parametrize("solver", ["auto", *DIRECT])
 def test_a_true_claim_of_full_rank_is_not(solver):
     A = torch.from_numpy(np.random.default_rng(3).standard_normal((9, 5)))

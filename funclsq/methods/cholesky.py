@@ -15,9 +15,12 @@ A D^-2 A^H + I is factored if it is the smaller (see _dual).
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
+from funclsq.errors import RankWarning
 from funclsq.methods._core import Core, NeedsDense
 from funclsq.methods._dual import Dual, worthwhile
 from funclsq.methods._gram import predict
@@ -122,6 +125,8 @@ class CholeskyPrepared:
         elif isinstance(self._problem, Dual):  # positive damping
             self.rank, deficient = torch.full_like(self.rank, n), torch.zeros_like(deficient)
         tell_false_claim(self.rank, min(m, n) if damp is None else n, options)
+        if damp is None:
+            _tell_other_rank(self.rank, options)
         self.deficient = bool(deficient) if self.batch is None else deficient
 
     @property
@@ -172,3 +177,16 @@ class _Wide:
         u, first, before = self.core.solve(g, None)
         x, status, steps = self.core.image(u if c is None else u + c)
         return x, torch.maximum(status, first), steps + before
+
+
+def _tell_other_rank(found: Tensor, options: Options) -> None:
+    """Warn if a rank was given that is not the one found: it has no part in the solution."""
+    given = options.rank
+    if isinstance(given, int) and bool((found != given).any()):
+        other = int(found[found != given].flatten()[0])
+        warnings.warn(
+            f"rank={given} was given, and A has numerical rank {other}: solver='cholesky' goes by "
+            "what it finds. Pass solver='qr' or 'svd', which keep the rank given, or rank='auto'.",
+            RankWarning,
+            stacklevel=2,
+        )
