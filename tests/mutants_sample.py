@@ -31,7 +31,7 @@ JUDGES = {
     "batching": "tests/test_transforms.py",
     "checks": "tests/test_errors.py",
     "extent": "tests/test_range.py",
-    "info": "tests/test_status.py",
+    "info": "tests/test_info.py tests/test_status.py",
     "kept": "tests/test_kept.py",
     "lost_digits": "tests/test_lost_digits.py",
     "norms": "tests/test_norms.py",
