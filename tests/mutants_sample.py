@@ -53,6 +53,23 @@ EXPLAINED = {
     ): "any power that lifts subnormal numbers into the range of normal ones will do",
     ("extent", "if t.numel() <= 0:"): "no tensor has fewer entries than none",
     ("checks", "if a.dtype is not b.dtype:"): "there is one object of each dtype",
+    (
+        "info",
+        'if x.device.type >= "cpu" and finite(x) and (not norms or finite(info[..., 2])):',
+    ): "differs on a device only, where it is a look at the data too many",
+    ("info", 'if not v.device.type != "cpu":'): "either way gives the same norms",
+    (
+        "norms",
+        "by_norm = v.numel() < _SHORT if k == 1 else k != _MANY",
+    ): "either way gives the same sizes, in more time",
+    (
+        "norms",
+        "by_norm = v.numel() < _SHORT if k == 1 else k is _MANY",
+    ): "either way gives the same sizes, in more time",
+    (
+        "norms",
+        "_MANY = 7  # real columns from which on memory order pays",
+    ): "either way gives the same norms and sizes, in more time",
 }
 
 CONFIG = """

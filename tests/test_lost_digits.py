@@ -7,12 +7,13 @@ where A has full row rank, and has no differences of what is almost equal.
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import funclsq as fl
-from funclsq.lost_digits import _size
+from funclsq.lost_digits import _size, recovered
 from funclsq.operators import DenseOp
 
 F64 = torch.float64
@@ -291,3 +292,22 @@ def test_iterations_on_rows_keep_digits_where_rows_are_dependent(solver):
     U, s, Vh = (t[:6] if t.ndim == 1 else t for t in torch.linalg.svd(A, full_matrices=False))
     exact = U[:, :6] @ (s / (s**2 + 1e-16) * (Vh[:6] @ x_bar))
     assert not said and _errors([b_bar], [exact])[0] < 1e-12
+
+
+def test_a_column_without_suspicion_is_left_alone():
+    A, _, g = _data(10, 20)
+    null = torch.linalg.svd(A)[2][-1]  # of which a small damping makes a large x
+    g = torch.stack((null, A.mT @ (A @ g)), -1)
+    d2 = torch.tensor([1e-8], dtype=F64)
+    x = torch.linalg.solve(A.mT @ A + 1e-8 * torch.eye(20, dtype=F64), g)
+    s = A @ x
+    options = SimpleNamespace(atol=None, btol=None)
+    plan = SimpleNamespace(options=options, on_failure="ignore")
+    entry = SimpleNamespace(op=DenseOp(A), size=None)
+
+    def inverse(entry, w, q, tolerance):
+        return torch.ones_like(x), torch.ones_like(s)
+
+    new_x, new_s = recovered(plan, entry, None, d2, None, g, x, s, inverse)
+    assert bool((new_x[:, 0] != x[:, 0]).all()) and bool((new_s[:, 0] != s[:, 0]).all())
+    assert torch.equal(new_x[:, 1], x[:, 1]) and torch.equal(new_s[:, 1], s[:, 1])
