@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 __all__ = ["full_precision", "in_full_precision"]
 
@@ -27,14 +26,14 @@ def full_precision(kind: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def in_full_precision(f: F) -> F:
-    """Run f without autocast on the device of the first tensor that it is given."""
+    """Run f without autocast on the device of its last argument, a tensor."""
 
     @functools.wraps(f)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        given = next((t for t in args if isinstance(t, Tensor)), None)
-        if given is None or not torch.is_autocast_enabled(given.device.type):
-            return f(*args, **kwargs)
-        with torch.autocast(given.device.type, enabled=False):
-            return f(*args, **kwargs)
+    def run(*args: Any) -> Any:
+        kind = args[-1].device.type
+        if not torch.is_autocast_enabled(kind):
+            return f(*args)
+        with torch.autocast(kind, enabled=False):
+            return f(*args)
 
     return run  # type: ignore[return-value]

@@ -30,41 +30,24 @@ __all__ = ["sddmm_op", "solve_op", "spmm_op"]
 _library = torch.library.Library("funclsq", "DEF")
 
 
-def _operator(name: str, kernel: Callable, fake: Callable, vmap: Callable) -> Any:
+_OPERANDS = "Tensor? w, Tensor? d2, Tensor? c, Tensor? g, Tensor? gate, int plan"
+_SOLVE = f"{_OPERANDS}, bool primary, bool need_x) -> (Tensor, Tensor, Tensor)"
+
+
+def _operator(schema: str, kernel: Callable, fake: Callable, vmap: Callable) -> Any:
     """Register a function of tensors that returns new ones, and return it as an operator."""
-    schema = torch.library.infer_schema(kernel, mutates_args=(), op_name=name)
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,)).split("::")[-1]
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"funclsq::{name}", fake, lib=_library)
     torch.library.register_vmap(f"funclsq::{name}", vmap, lib=_library)
     return getattr(torch.ops.funclsq, name).default
 
 
-def _single_solve(
-    param: Tensor,
-    w: Tensor | None,
-    d2: Tensor | None,
-    c: Tensor | None,
-    g: Tensor | None,
-    gate: Tensor | None,
-    plan: int,
-    primary: bool,
-    need_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _single_solve(param, w, d2, c, g, gate, plan, primary, need_x):
     return raw_solve(plan_of_handle(plan), (param,), w, d2, c, g, gate, primary, need_x)
 
 
-def _listed_solve(
-    params: list[Tensor],
-    w: Tensor | None,
-    d2: Tensor | None,
-    c: Tensor | None,
-    g: Tensor | None,
-    gate: Tensor | None,
-    plan: int,
-    primary: bool,
-    need_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _listed_solve(params, w, d2, c, g, gate, plan, primary, need_x):
     return raw_solve(plan_of_handle(plan), tuple(params), w, d2, c, g, gate, primary, need_x)
 
 
@@ -154,12 +137,24 @@ def _vmap_sddmm_op(info, in_dims, U, V, pattern):
 
 
 _single_solve_op = _operator(
-    "solve", _single_solve, lambda param, *rest: _fake_solve((param,), *rest), _vmap_single
+    f"solve(Tensor param, {_SOLVE}",
+    _single_solve,
+    lambda param, *rest: _fake_solve((param,), *rest),
+    _vmap_single,
 )
-_listed_solve_op = _operator("solve_params", _listed_solve, _fake_solve, _vmap_listed)
+_listed_solve_op = _operator(
+    f"solve_params(Tensor[] params, {_SOLVE}", _listed_solve, _fake_solve, _vmap_listed
+)
 
-spmm_op = _operator("spmm", _spmm, _fake_spmm, _vmap_spmm_op)
+spmm_op = _operator(
+    "spmm(Tensor values, Tensor v, int pattern, bool adjoint) -> Tensor",
+    _spmm,
+    _fake_spmm,
+    _vmap_spmm_op,
+)
 """A v, or A^H v, for values at a pattern: (values, v, pattern handle, adjoint)."""
 
-sddmm_op = _operator("sddmm", _sddmm, _fake_sddmm, _vmap_sddmm_op)
+sddmm_op = _operator(
+    "sddmm(Tensor U, Tensor V, int pattern) -> Tensor", _sddmm, _fake_sddmm, _vmap_sddmm_op
+)
 """U V^H sampled at a pattern: (U, V, pattern handle)."""
