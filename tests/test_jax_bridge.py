@@ -196,6 +196,10 @@ def test_two_devices():
         import funclsq as fl, funclsq.jax as flj
 
         jax.config.update("jax_enable_x64", True)
+        if hasattr(jax, "shard_map"):
+            shard_map = jax.shard_map
+        else:  # JAX before 0.7
+            from jax.experimental.shard_map import shard_map
         m, n = 6, 3
         S = fl.SparsityPattern(*np.divmod(np.arange(m * n), n), (m, n))
         rng = np.random.default_rng(0)
@@ -206,12 +210,12 @@ def test_two_devices():
         h = lambda v, b: flj.lstsq(flj.Sparse(S, v), b)
 
         def shared(v, bs):
-            return jax.shard_map(
+            return shard_map(
                 lambda v, bs: jax.vmap(lambda b: h(v, b))(bs),
                 mesh=mesh, in_specs=(P(), P("i")), out_specs=P("i"))(v, bs)
 
         def split(vs, bs):
-            return jax.shard_map(
+            return shard_map(
                 jax.vmap(h), mesh=mesh, in_specs=(P("i"), P("i")), out_specs=P("i"))(vs, bs)
 
         plain = jax.vmap(h, (None, 0)), jax.vmap(h)

@@ -113,8 +113,9 @@ def test_results_say_what_failed():
         "singular": (M.at[0, 0].set(jnp.inf), b, fll.QR()),
     }
     for name, (A, c, solver) in bad.items():
-        want = getattr(lx.RESULTS, name)
-        assert lx.linear_solve(sparse(A), c, solver, throw=False).result == want, name
+        if hasattr(lx.RESULTS, name):  # two of them came with lineax 0.1
+            want = getattr(lx.RESULTS, name)
+            assert lx.linear_solve(sparse(A), c, solver, throw=False).result == want, name
     with pytest.raises(Exception, match="non-finite"):
         lx.linear_solve(sparse(M), b.at[0].set(jnp.nan), fll.QR()).value.block_until_ready()
 
@@ -128,6 +129,7 @@ def test_each_member_of_a_batch_has_its_own_result():
     assert_close(sol.value[2], jnp.linalg.pinv(M) @ b[2])
 
 
+@pytest.mark.skipif(not hasattr(lx, "invert"), reason="lineax before 0.1")
 @pytest.mark.parametrize("shape", ["well posed", "deficient"])
 def test_inverse_operator_and_its_transpose(shape):
     M = matrix(shape)

@@ -12,6 +12,7 @@ from jax_common import assert_close
 
 import funclsq as fl
 import funclsq.jax as flj
+from funclsq.jax.bridge import mechanism
 from funclsq.jax.nullspace import null_part
 from funclsq.jax.primitive import Operands, Problem, S
 from funclsq.jax.products import fan, mv, rmv, sddmm
@@ -331,7 +332,7 @@ NULLS = {"a": 0, "w": 1, "d2": 0, "g": 2, "gate": 0}
 @pytest.mark.parametrize("mapped", ["", "g", "gate", "a gate", "w g", "a w d2 g gate"])
 def test_what_a_solve_cannot_see(mapped):
     members, names = _members(3), mapped.split()
-    problem = Problem(Static(WHOLE), Options(solver="svd"))
+    problem = Problem(Static(WHOLE), Options(solver="svd"), how=mechanism())
 
     def part(a, w, d2, g, gate):
         return null_part(problem, Operands((a,), (), w, d2, None, g, gate))
@@ -407,7 +408,7 @@ def test_the_transposed_residual_of_a_little_damped_wide_problem_does_not_cancel
     """With s = A x - c = -d2 (A A^H + d2)^-1 c, of which a difference keeps eps / d2."""
     A, c, k, d2 = _draw(0, N, M), _draw(1, N, 1), _draw(2, N, 1), 1e-10
     pattern = fl.SparsityPattern(*np.divmod(np.arange(N * M), M), (N, M))
-    problem = Problem(Static(pattern), Options(solver="svd"))
+    problem = Problem(Static(pattern), Options(solver="svd"), how=mechanism())
 
     def s(c):
         return S(problem, Operands((A.reshape(-1),), (), None, np.array([d2]), c), "s")
@@ -464,7 +465,7 @@ def _members(count):
 
 
 def _solved(a, w, d2, c, g, gate):
-    problem = Problem(Static(WHOLE), Options(solver="svd"))
+    problem = Problem(Static(WHOLE), Options(solver="svd"), how=mechanism())
     return S(problem, Operands((a,), (), w, d2, c, g, gate))
 
 

@@ -72,6 +72,7 @@ def _jax_value_and_grad(
     import jax.numpy as jnp
 
     import funclsq.jax as flj
+    from funclsq.validate._jax_side import x64
 
     def log_error_jax(log_weights: LogWeights, groups: Any, values: Any, b: Any) -> Any:
         every = jnp.concatenate([t.ravel() for t in log_weights])
@@ -85,7 +86,7 @@ def _jax_value_and_grad(
             total += len(part) * jnp.log(mean_square)
         return total / (2 * len(validation))
 
-    with jax.enable_x64(True):
+    with x64(True):
         arrays = [jnp.asarray(t.numpy()) for t in (groups, terrain.values, terrain.b)]
         start = LogWeights(*(jnp.asarray(t.numpy()) for t in log_weights))
         error, slopes = jax.jit(jax.value_and_grad(log_error_jax))(start, *arrays)

@@ -153,6 +153,9 @@ class _State(eqx.Module):
     outside: _Side = eqx.field(static=True)
 
 
+_CONDITION_LIMIT = getattr(lx.RESULTS, "conlim", lx.RESULTS.breakdown)  # lineax 0.0.8 lacks it
+
+
 class _Solver(lx.AbstractLinearSolver):
     """What the solvers share; each minimises ||A x - b||, of least norm where that is not unique.
 
@@ -212,7 +215,7 @@ class _Solver(lx.AbstractLinearSolver):
         for status, code in (
             (Status.MAXITER, lx.RESULTS.max_steps_reached),
             (Status.STAGNATED, lx.RESULTS.stagnation),
-            (Status.CONDITION_LIMIT, lx.RESULTS.conlim),
+            (Status.CONDITION_LIMIT, _CONDITION_LIMIT),
             (Status.NONFINITE, lx.RESULTS.singular),
         ):
             result = lx.RESULTS.where(sol.status == int(status), code, result)

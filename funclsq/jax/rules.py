@@ -67,7 +67,11 @@ def vary(operands: Any) -> list[Any]:
     every = frozenset().union(*axes)
     if not every:
         return list(operands)
-    return [
-        t if own == every else jax.lax.pcast(t, tuple(every - own), to="varying")
-        for t, own in zip(operands, axes)
-    ]
+    return [t if own == every else _cast(t, tuple(every - own)) for t, own in zip(operands, axes)]
+
+
+def _cast(t: Any, axes: tuple[Any, ...]) -> Any:
+    pcast: Any = getattr(jax.lax, "pcast", None)
+    if pcast is None:  # JAX before 0.8
+        return getattr(jax.lax, "pvary")(t, axes)  # noqa: B009
+    return pcast(t, axes, to="varying")

@@ -6,11 +6,11 @@ gradients on the way out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -24,11 +24,23 @@ Function = Callable[[dict[str, Any]], Any]
 
 
 def x64(on: bool) -> Any:
-    """Return a context in which 64-bit numbers are on or off; no configuration is changed."""
+    """Return a context in which 64-bit numbers are on or off.
+
+    No configuration is changed, but in JAX before 0.8: there it is that of the process for as long,
+    as the context of these versions is one thread's own, and callbacks run in others.
+    """
     make: Any = getattr(jax, "enable_x64", None)
-    if not callable(make):  # JAX before 0.8
-        make = getattr(jax.experimental, "enable_x64")  # noqa: B009
-    return make(on)
+    return make(on) if callable(make) else _x64_everywhere(on)
+
+
+@contextlib.contextmanager
+def _x64_everywhere(on: bool) -> Iterator[None]:
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", on)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 def jax_answers(
