@@ -44,7 +44,10 @@ class Family:
         return self.B[0] + p[0] * self.B[1] + p[1].sin() * self.B[2]
 
     def operands(self, p):
-        out = {"A": self.left(p) @ self.C, "b": self.b[0] + p[1] * self.b[1] + p[0] ** 2 * self.b[2]}
+        out = {
+            "A": self.left(p) @ self.C,
+            "b": self.b[0] + p[1] * self.b[1] + p[0] ** 2 * self.b[2],
+        }
         out["x0"] = self.x0[0] * p[0].exp()
         out["weights"] = self.w * (1 + 0.3 * p[1].real).exp()
         if self.damped:
