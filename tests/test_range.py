@@ -147,3 +147,27 @@ def test_what_is_not_finite_is_seen():
         assert not finite(t)
         assert not finite(torch.complex(torch.ones(3), t))
         assert largest(t) == math.inf or (math.isnan(bad) and math.isnan(largest(t)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_extent_of_a_large_tensor(dtype, threads, monkeypatch):
+    """By blocks where one thread looks; the same."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    draw = torch.Generator().manual_seed(0)
+    for count in (65_536, 65_537, 100_003):
+        t = torch.randn(count, generator=draw, dtype=dtype)
+        parts = torch.view_as_real(t) if t.is_complex() else t
+        low, high = float(parts.min()), float(parts.max())
+        assert extent(t) == extent(torch.stack((t, t), 1)[:, 1]) == (low, high)
+        assert extent(torch._neg_view(t)) == (-high, -low)
+        if t.is_complex():
+            low, high = float(t.real.min()), float(t.real.max())
+            low, high = min(low, -float(t.imag.max())), max(high, -float(t.imag.min()))
+            assert extent(t.conj()) == (low, high)
+        for place in (0, count // 2, count - 1):
+            for bad in (math.nan, math.inf, -math.inf):
+                worse = t.clone()
+                worse[place] = bad
+                assert not finite(worse)
+                assert [math.isnan(end) for end in extent(worse)] == 2 * [math.isnan(bad)]
