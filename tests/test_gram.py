@@ -135,7 +135,8 @@ def test_the_structure():
     for by_sums in (False, True):
         pairs = gram._listed(by_sums)
         i, j = gram.rows[pairs.lower], gram.indices[pairs.lower]
-        assert np.array_equal(np.stack((i, j)), np.nonzero(np.tril(N)))
+        key = np.sort(i * 220 + j) if by_sums else i * 220 + j
+        assert np.array_equal(key, np.flatnonzero(np.tril(N)))
         assert np.array_equal((gram.indices[pairs.upper], gram.rows[pairs.upper]), (i, j))
 
 
@@ -197,6 +198,41 @@ def test_a_batch_is_gone_through_once(monkeypatch):
     batch = np.stack([sparse_op(A).csr_values.numpy()] * 7)
     blocks = list(gram._listed(True).many(batch))
     assert [len(sums) for _, sums in blocks] == [3, 3, 1]
+
+
+@pytest.mark.parametrize("kind", [float, complex])
+@pytest.mark.parametrize("layers", [1, 2, 5, 64])
+def test_sums_of_all_lengths_in_layers_and_beyond(layers, kind, monkeypatch):
+    monkeypatch.setattr(_pairs, "_LAYERS", layers)
+    A = sparse(kind, m=90, density=0.3)
+    A[:, 0] = 1  # a sum as long as there are rows
+    gram = _gram.gram_of(sparse_op(A).pattern)
+    listed = gram._listed(True)
+    lengths = np.bincount((A != 0).sum(0))
+    assert len(listed._layers) == min(layers, lengths.size - 1)
+    values = np.stack([sparse_op(A).csr_values.numpy() * s for s in (1, 3)])
+    for s, mine in zip((1, 3), gram.values(values), strict=True):
+        expected = s**2 * A.conj().T @ A
+        np.testing.assert_allclose(mine, expected[gram.rows, gram.indices], rtol=0, atol=1e-12)
+
+
+def test_a_long_sum_takes_few_operations():
+    A = np.eye(3000, 4) + np.eye(1, 4)
+    gram = _gram.gram_of(sparse_op(A).pattern)
+    assert len(gram._listed(True)._layers) == _pairs._LAYERS
+    batch = np.stack([sparse_op(A).csr_values.numpy()] * 2)
+    np.testing.assert_array_equal(gram.values(batch)[1], gram.values(batch[0]))
+
+
+def test_where_nothing_belongs_a_batch_is_written_out_as_zero(monkeypatch):
+    dirty = torch.full((2, 16), torch.nan, dtype=torch.float64)
+    monkeypatch.setattr(_gram.spare, "empty", lambda shape, dtype: dirty.clone())
+    for most in (0, 1 << 20):
+        monkeypatch.setattr(_gram, "MAX_PAIRS", most)
+        gram = _gram.gram_of(sparse_op(np.eye(4)).pattern)
+        monkeypatch.setattr(type(gram), "values", lambda self, v: v**2)
+        written = gram.written_out(np.full((2, 4), 3.0)).numpy()
+        np.testing.assert_array_equal(np.tril(written), np.stack([9 * np.eye(4)] * 2))
 
 
 def test_prediction():

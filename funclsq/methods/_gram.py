@@ -96,15 +96,18 @@ class Gram:
     def written_out(self, v: np.ndarray) -> Tensor:
         """N of a batch as (b, n, n), stored by columns; their lower triangles hold it."""
         n = self.n
-        out = spare.empty((v.shape[0], n * n), torch.from_numpy(v).dtype).zero_()
+        out = spare.empty((v.shape[0], n * n), torch.from_numpy(v).dtype)
         place = self.indices * np.int64(n) + self.rows
         if self.pairs <= MAX_PAIRS:
             listed = self._listed(by_sums=True)
+            source = np.full(n * n, listed.lower.size)  # a zero after the sums, where none belongs
+            source[place[listed.lower]] = np.arange(listed.lower.size)
             for members, sums in listed.many(v):
-                out.numpy()[members, place[listed.lower]] = sums
+                part = np.pad(sums, ((0, 0), (0, 1)))
+                np.take(part, source, -1, out.numpy()[members], mode="clip")
         else:
             lower = np.flatnonzero(self.rows >= self.indices)
-            out.numpy()[:, place[lower]] = self.values(v)[:, lower]
+            out.zero_().numpy()[:, place[lower]] = self.values(v)[:, lower]
         return out.view(v.shape[0], n, n).mT
 
     def _product(self, v: np.ndarray) -> np.ndarray:

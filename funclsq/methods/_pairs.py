@@ -2,9 +2,11 @@
 
     N[i, j] = sum over the pairs (p, q) of entries in one row, columns i >= j, of conj(v[p]) v[q]
 
-For one matrix the pairs stay in the order of the rows of B, and each product is added to its sum;
-for a batch they are sorted by sums, and one gather, one product and one segmented sum do for all
-members. Where N is written out in full, each product is added to its place in it.
+For one matrix the pairs stay in the order of the rows of B, and each product is added to its sum.
+For a batch they lie in layers: the first product of every sum, the second of those that have two,
+and so on, sums with many products first, so that each layer is added to the leading sums of all
+members in one go (twice as fast as segmented sums, which are left for what few sums have). Where N
+is written out in full, each product is added to its place in it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from funclsq.pattern import SparsityPattern
 __all__ = ["Pairs", "add_up", "in_rows"]
 
 _CACHED = 100_000  # pairs x members multiplied at a time, which stay in the cache
+_LAYERS = 64  # products of one sum that lie in layers
 
 
 class Pairs:
@@ -51,7 +54,9 @@ class Pairs:
         new[1:] = (i[1:] != i[:-1]) | (j[1:] != j[:-1])
         starts = np.flatnonzero(new)
         if by_sums:
-            p, q, self._starts = p[order], q[order], starts
+            layered, starts, self._layers, self._tails = _in_layers(starts, i.size)
+            order = order[layered]
+            p, q = p[order], q[order]
         else:
             self._sum = np.empty(i.size, dtype=np.intp)
             self._sum[order] = np.cumsum(new) - 1
@@ -72,12 +77,49 @@ class Pairs:
         Members run along the fast axis, in blocks that stay in the cache.
         """
         step = max(1, _CACHED // max(1, self._first.size))
-        for at in range(0, v.shape[0] if self.lower.size else 0, step):
+        if not self._layers:
+            yield slice(None), np.empty((v.shape[0], 0), dtype=v.dtype)
+            return
+        for at in range(0, v.shape[0], step):
             part = np.ascontiguousarray(v[at : at + step].T)
-            products = part.take(self._second, axis=0)
-            left = part.take(self._first, axis=0)
-            products *= left.conj() if np.iscomplexobj(v) else left
-            yield slice(at, at + step), np.add.reduceat(products, self._starts, axis=0).T
+            sums, start = self._products(part, 0, self._layers[0]), self._layers[0]
+            for count in self._layers[1:]:
+                sums[:count] += self._products(part, start, start + count)
+                start += count
+            if self._tails.size:
+                rest = self._products(part, start, self._first.size)
+                sums[: self._tails.size] += np.add.reduceat(rest, self._tails, axis=0)
+            yield slice(at, at + step), sums.T
+
+    def _products(self, part: np.ndarray, start: int, stop: int) -> np.ndarray:
+        out = part.take(self._first[start:stop], axis=0)
+        if np.iscomplexobj(out):
+            np.conj(out, out=out)
+        out *= part.take(self._second[start:stop], axis=0)
+        return out
+
+
+def _in_layers(
+    starts: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray, list[int], np.ndarray]:
+    """Sort segments by falling length, and lay their items in layers, those beyond by segments.
+
+    Returns the order of the items; the starts of the segments in their new order; the number of
+    items of each layer, the k-th of which belongs to the k-th segment; and where in what is left
+    the rest of each of the leading segments starts.
+    """
+    lengths = np.diff(starts, append=size)
+    by_length = np.argsort(-lengths, kind="stable")
+    starts, lengths = starts[by_length], lengths[by_length]
+    layers = [np.empty(0, dtype=starts.dtype)]
+    for depth in range(min(_LAYERS, int(lengths.max(initial=0)))):
+        layers.append(starts[: np.searchsorted(-lengths, -depth)] + depth)  # longer than that
+    rest = lengths[lengths > _LAYERS] - _LAYERS
+    tails = np.cumsum(rest) - rest
+    inside = np.arange(rest.sum()) - np.repeat(tails, rest)
+    long = np.repeat(starts[: rest.size] + _LAYERS, rest) + inside
+    order = np.concatenate([*layers, long])
+    return order, starts, [part.size for part in layers[1:]], tails
 
 
 def add_up(
