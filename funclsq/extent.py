@@ -24,8 +24,11 @@ def extent(t: Tensor) -> tuple[float, float]:
         t = torch.view_as_real(t.resolve_conj())
     if t.numel() > 2 * _BLOCK and _alone(t):
         return _by_blocks(t.detach().resolve_neg().numpy().reshape(-1))
-    low, high = torch.aminmax(t)
-    return low.item(), high.item()
+    ends = torch.aminmax(t)
+    if t.device.type != "cpu":  # wait for it once
+        low, high = torch.stack(tuple(ends)).cpu().tolist()
+        return low, high
+    return ends.min.item(), ends.max.item()
 
 
 def _alone(t: Tensor) -> bool:

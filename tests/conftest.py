@@ -13,6 +13,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import numpy as np
 import pytest
 import torch
+from devices import DEVICE
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("FUNCLSQ_DATA", ROOT.parent / "shared" / "data"))
@@ -21,7 +22,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+    if DEVICE is not None:
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:

@@ -69,8 +69,10 @@ AREAS = {
             "methods.lsqr": (),
             "methods._golub_kahan": (),
             "methods._extended_cg": (),
+            "methods._watch": (),
         },
         (
+            "test_watch.py",
             "test_recurrences.py",
             "test_krylov.py",
             "test_stopping.py::test_status_is_reached",  # the others start processes of their own,

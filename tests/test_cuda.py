@@ -1,16 +1,14 @@
-"""The core on CUDA tensors: the same answers and derivatives as on the CPU, no hidden transfer."""
+"""On a device: the same answers and derivatives as on the CPU, no hidden transfer."""
 
-import warnings
+from __future__ import annotations
 
 import pytest
 import torch
+from devices import DEVICE, waits
 
 import funclsq as fl
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.cuda
 
 SHAPES = {
     "tall": (60, 12, 12),
@@ -32,7 +30,7 @@ def problem(shape, dtype, seed=0):
 def both(function, *tensors):
     """Value and gradients on the CPU and on the device."""
     out = []
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", DEVICE):
         leaves = [t.detach().to(device).requires_grad_() for t in tensors]
         x = function(*leaves)
         assert x.device.type == device
@@ -93,15 +91,15 @@ def test_damped_weighted(solver):
 @pytest.mark.parametrize("layout", ["coo", "csr"])
 def test_sparse_layouts(layout):
     A, b = problem("tall", torch.float64)
-    A = (A * (A.abs() > 0.3)).cuda()
+    A = (A * (A.abs() > 0.3)).to(DEVICE)
     sparse = (A.to_sparse_coo() if layout == "coo" else A.to_sparse_csr()).requires_grad_()
-    fl.lstsq(sparse, b.cuda()).pow(2).sum().backward()
-    assert sparse.grad.layout == sparse.layout and sparse.grad.is_cuda
+    fl.lstsq(sparse, b.to(DEVICE)).pow(2).sum().backward()
+    assert sparse.grad.layout == sparse.layout and sparse.grad.device.type == DEVICE
 
 
 def test_minimum_norm_where_torch_is_wrong():
     A, b = problem("deficient", torch.float64)
-    x = fl.lstsq(A.cuda(), b.cuda())
+    x = fl.lstsq(A.to(DEVICE), b.to(DEVICE))
     exact = torch.linalg.pinv(A, rtol=1e-10) @ b
     assert torch.linalg.vector_norm(x.cpu() - exact) < 1e-10 * torch.linalg.vector_norm(exact)
 
@@ -109,7 +107,7 @@ def test_minimum_norm_where_torch_is_wrong():
 def test_transforms():
     A, b = problem("tall", torch.float64)
     results = []
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", DEVICE):
         a, c = A.to(device), b.T.contiguous().to(device)
 
         def loss(a, c):
@@ -125,22 +123,178 @@ def test_transforms():
     assert_same(results, 1e-10)
 
 
-def test_few_host_synchronisations_per_iteration():
+def sparse(values, A):
+    m, n = A.shape
+    return fl.Sparse(fl.SparsityPattern(*torch.ones(m, n).nonzero().T, (m, n)), values.flatten())
+
+
+def given(*shape, dtype=torch.float64, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return torch.rand(shape, generator=g, dtype=dtype) + 0.5
+
+
+def layer(shape, device, A, b):
+    made = fl.nn.LeastSquares(torch.ones(shape, dtype=torch.float64), damp=0.1, trainable="damp")
+    return torch.func.functional_call(made.to(device), {"A": A}, (b,))
+
+
+WHOLE = {  # name: what is done with A and b, and whatever else is made
+    "preconditioned by a factor of another matrix": lambda A, b: fl.lstsq(
+        A, b, solver="lsmr", preconditioner=fl.factorize(A.detach() + 0.01)
+    ),
+    "in single precision": lambda A, b: fl.lstsq(A.float(), b.float()).double(),
+    "single precision, double inside": lambda A, b: fl.lstsq(
+        A.float(), b.float(), compute_dtype=torch.float64
+    ).double(),
+    "factor once": lambda A, b: fl.factorize(A).solve(b),
+    "covariance": lambda A, b: fl.covariance(fl.factorize(A)) * b.sum(),
+    "variances of a sparse matrix": lambda A, b: (
+        fl.covariance(fl.factorize(sparse(A, A)), diag=True) * b.sum()
+    ),
+    "ridge path": lambda A, b: (
+        fl.ridge.ridge_path(A, b[:, 0], given(5).sort().values.to(b.device)).x * b.sum()
+    ),
+    "regression": lambda A, b: fl.linear_regression(A, b).coefficients,
+    "regression, standard errors": lambda A, b: fl.linear_regression(A, b).standard_errors,
+    "regression, sparse": lambda A, b: fl.linear_regression(sparse(A, A), b).standard_errors,
+    "gradient descent": lambda A, b: (
+        fl.solvers.gradient_descent(A, b, damp=1.0, momentum=0.5, nesterov=True).x
+    ),
+    "unrolled gradient descent": lambda A, b: (
+        fl.solvers.gradient_descent(A, b, maxiter=40, unrolled=True, on_failure="ignore").x
+    ),
+    "sparse gradient descent": lambda A, b: fl.solvers.gradient_descent(sparse(A, A), b).x,
+    "operator": lambda A, b: fl.lstsq(
+        fl.LinearOperator(
+            lambda p, v: p[0] @ v, A.shape, params=(A,), rmatvec=lambda p, u: p[0].mH @ u
+        ),
+        b,
+        solver="lsmr",
+    ),
+    "operator without its adjoint": lambda A, b: fl.lstsq(
+        fl.LinearOperator(lambda p, v: p[0] @ v, A.shape, params=(A,)), b, solver="lsqr", damp=0.5
+    ),
+    "fixed point": lambda A, b: fl.lstsq(A, b, x0=fl.lstsq(A, b) + 1, damp=0.2),
+    "damping of each unknown": lambda A, b: fl.lstsq(
+        sparse(A, A), b, damp=given(A.shape[1]).to(b.device), solver="lsmr"
+    ),
+    "weights of each column": lambda A, b: fl.lstsq(A, b, weights=given(*b.shape).to(b.device)),
+    "batch": lambda A, b: fl.lstsq(torch.stack((A, 2 * A, A + 0.1)), torch.stack((b, b, -b))),
+    "batch of sparse matrices, iterative": lambda A, b: torch.func.vmap(
+        lambda v, c: fl.lstsq(sparse(v, A), c, solver="lsmr")
+    )(torch.stack((A.flatten(), 2 * A.flatten())), torch.stack((b, -b))),
+    "batch of sparse matrices": lambda A, b: torch.func.vmap(
+        lambda v, c: fl.lstsq(sparse(v, A), c)
+    )(torch.stack((A.flatten(), 2 * A.flatten())), torch.stack((b, -b))),
+    "one matrix, batch of right-hand sides": lambda A, b: torch.func.vmap(
+        lambda c: fl.lstsq(sparse(A, A), c)
+    )(b.T),
+    "layer": lambda A, b: layer(A.shape, b.device, A, b),
+    "sparse layer": lambda A, b: torch.func.functional_call(
+        fl.nn.LeastSquares(sparse(torch.ones_like(A), A), damp=0.1), {"A": A.flatten()}, (b,)
+    ),
+    "objective": lambda A, b: torch.func.functional_call(
+        fl.nn.Objective(fl.nn.LeastSquares(A.detach(), b.detach(), damp=0.1), b[:12] * 0),
+        {"problem.A": A, "problem.b": b},
+    ),
+    "products": lambda A, b: sparse(A, A) @ (sparse(A, A).H @ b),
+    "torchsparsegradutils' function": lambda A, b: fl.compat.sparse_generic_lstsq(
+        A.to_sparse_csr(), b
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_is_offered(name):
+    A, b = problem("tall", torch.float64)
+    A = A / A.norm() * 6
+    tolerance = 1e-4 if name == "in single precision" else 1e-6 if "single" in name else 1e-9
+    assert_same(both(WHOLE[name], A, b), tolerance)
+
+
+MADE = {
+    "scaling": lambda A: fl.preconditioners.block_diagonal(A, 1),
+    "blocks": lambda A: fl.preconditioners.block_diagonal(A, 4),
+    "sketch": lambda A: fl.preconditioners.sketch(A),
+}
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("name", MADE)
+def test_preconditioners_are_made_on_the_cpu(name, kind):
+    A, _ = problem("tall", torch.float64)
+    A = A.to(DEVICE)
+    with pytest.raises(ValueError, match=r"must be on the CPU.*\.cpu\(\)"):
+        MADE[name](A if kind == "dense" else sparse(A, A))
+
+
+@pytest.mark.parametrize("solver", ["lsmr", "lsqr", "cgls"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_steps_end_where_they_end_on_the_cpu(shape, solver):
+    """Steps beyond convergence would bring rounding into x where A is rank deficient."""
+    A, b = problem(shape, torch.float64)
+    b[:, 1] = A @ torch.ones(A.shape[1], dtype=A.dtype)  # which ends sooner or later than others
+    b[:, 2] = 0
+    host, device = (
+        fl.solve(A.to(d), b.to(d), solver=solver, rank=SHAPES[shape][2]) for d in ("cpu", DEVICE)
+    )
+    assert (device.iterations.cpu() - host.iterations).abs().max() <= 8
+    assert torch.equal(device.status.cpu(), host.status)
+    assert_same([[host.x], [device.x.cpu()]], 1e-11)
+
+
+def test_what_is_not_finite_is_told():
+    A, b = problem("tall", torch.float64)
+    A, b = A.to(DEVICE), b.to(DEVICE)
+    wrong = b.clone()
+    wrong[3, 1] = torch.nan
+    with pytest.raises(ValueError, match="finite"):
+        fl.lstsq(A, wrong)
+    for solver in ("qr", "svd", "lsmr", "lsqr", "cgls"):
+        sol = fl.solve(A, wrong, solver=solver, check_finite=False, on_failure="ignore")
+        assert [fl.Status(int(s)).name == "NONFINITE" for s in sol.status] == [False, True, False]
+        assert torch.isfinite(sol.x[:, [0, 2]]).all()
+
+
+def test_cholesky_says_that_it_is_for_the_cpu():
+    A, b = problem("tall", torch.float64)
+    with pytest.raises((ValueError, NotImplementedError), match="CPU"):
+        fl.lstsq(A.to(DEVICE), b.to(DEVICE), solver="cholesky")
+
+
+def test_operands_on_two_devices_are_refused():
+    A, b = problem("tall", torch.float64)
+    with pytest.raises(ValueError, match="device"):
+        fl.lstsq(A.to(DEVICE), b)
+    with pytest.raises(ValueError, match="device"):
+        fl.lstsq(A, b.to(DEVICE))
+    with pytest.raises(ValueError, match="device"):
+        fl.lstsq(A.to(DEVICE), b.to(DEVICE), x0=torch.zeros(A.shape[1], dtype=A.dtype))
+
+
+def test_a_solution_prints_itself():
+    A, b = problem("deficient", torch.float64)
+    text = str(fl.solve(A.to(DEVICE), b.to(DEVICE)))
+    assert "rank" in text
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("solver", ["auto", "qr", "svd", "lsmr", "lsqr", "cgls"])
+def test_the_host_waits_seldom_and_moves_little(solver, kind):
+    """Numbers of each column, and none of A, b or x; a look every eight steps."""
     g = torch.Generator().manual_seed(0)
-    A = torch.randn(400, 200, generator=g, dtype=torch.float64)
-    pattern = fl.SparsityPattern(*torch.ones(400, 200).nonzero().T, (400, 200))
-    values = A.flatten().cuda()
-    b = torch.randn(400, 4, generator=g, dtype=torch.float64).cuda()
-    S = fl.Sparse(pattern, values)
-    sol = fl.solve(S, b, solver="lsmr", rank="full")
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            sol = fl.solve(S, b + 1, solver="lsmr", rank="full")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    syncs = sum("synchroniz" in str(w.message) for w in seen)
-    iterations = int(sol.iterations.max())
-    assert iterations > 30
-    assert syncs < iterations, f"{syncs} synchronisations in {iterations} iterations"
+    A = torch.randn(160, 80, generator=g, dtype=torch.float64).to(DEVICE).requires_grad_()
+    b = torch.randn(160, 4, generator=g, dtype=torch.float64).to(DEVICE).requires_grad_()
+    M = A if kind == "dense" else sparse(A, A)
+    first = fl.solve(M, b + 1, solver=solver, rank="full")  # index arrays move once
+    torch.autograd.grad(first.x.sum(), (A, b), retain_graph=kind == "sparse")
+    with waits() as forward:
+        sol = fl.solve(M, b, solver=solver, rank="full")
+    with waits() as backward:
+        torch.autograd.grad(sol.x.sum(), (A, b))
+    looks = int(sol.iterations.max()) // 8
+    assert forward.total <= 24 + looks, (forward.total, forward.reasons, looks)
+    assert backward.total <= 24 + looks, (backward.total, backward.reasons, looks)
+    if DEVICE != "cuda":  # where the bytes are known
+        for seen in (forward, backward):
+            assert max(seen.bytes.values()) <= 4 * 8 * (60 + 8 * looks), seen.bytes

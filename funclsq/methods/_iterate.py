@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from funclsq.methods._scalars import FloatScalars, Scalars, scalars_for
+from funclsq.methods._watch import XNORM_EVERY, DeviceWatch, HostWatch, Look, Tests, watch_for
 from funclsq.solution import Status
 
 __all__ = ["Run", "Targets", "iterate"]
 
 _RUNNING = -1
 _PATIENCE = 500  # steps without a new least ||A^H r|| (or as many as were made until it)
-_XNORM_EVERY = 10  # ||x_k|| only grows, so an old value is a safe one in the test for A x = b
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _iterate_one(
         for count in range(1, maxiter + 1):
             state.step()
             rnorm, arnorm, anorm = state.rnorm, state.arnorm, state.anorm
-            if consistent and count % _XNORM_EVERY == 0:
+            if consistent and count % XNORM_EVERY == 0:
                 xnorm = max(xnorm, scalars.norm(state.x))
             if report is not None:
                 stop = report(count, np.array([True]), np.array([rnorm]), np.array([arnorm]))
@@ -178,7 +178,6 @@ def _iterate_block(
     state: Any, scalars: Scalars, targets: Targets, maxiter: int, report: Report | None
 ) -> Run:
     """Run many columns (and batch members) together."""
-    host = scalars.to_host
     k = state.x.shape[-1]
     shape = (*state.x.shape[:-2], k)
     out = Run(
@@ -189,79 +188,84 @@ def _iterate_block(
         np.ones(shape),
     )
     columns = np.arange(k)  # of the block, still iterated on
-    outer = np.fmax(targets.rnorm, host(state.rnorm))
-    start = host(state.arnorm) <= targets.atol * host(state.anorm) * outer
+    rnorm, first, out.anorm[...] = scalars.all_to_host(state.rnorm, state.arnorm, state.anorm)
+    start = first <= targets.atol * out.anorm * np.fmax(targets.rnorm, rnorm)
     out.status[start] = int(Status.START_SOLVES)
-    out.anorm[...] = host(state.anorm)
     scalars.freeze(out.status == _RUNNING)
-    xnorm = targets.xnorm.copy()
-    goal = targets.reduction * host(state.arnorm)
+    tests = Tests(
+        targets.atol,
+        targets.consistent,
+        targets.rnorm,
+        targets.reduction * first,
+        targets.btol * targets.bnorm,
+        targets.xlimit * targets.bnorm,
+    )
+    watch = watch_for(state, scalars, tests, targets.xnorm)
     best, since = np.full(shape, np.inf), np.zeros(shape, dtype=np.int64)
     count = 0
     with np.errstate(all="ignore"):
         while count < maxiter and (out.status == _RUNNING).any():
-            columns = _compact(state, scalars, out, columns)
+            columns = _compact(state, scalars, watch, out, columns)
             for _ in range(min(scalars.check_every, maxiter - count)):
                 state.step()
+                watch.stepped()
                 count += 1
-            if targets.consistent and count % _XNORM_EVERY == 0:
-                now = host(scalars.norm(state.x))
-                xnorm[..., columns] = np.fmax(xnorm[..., columns], now)
-            arnorm = host(state.arnorm)
-            fell = arnorm < best[..., columns]
-            best[..., columns] = np.where(fell, arnorm, best[..., columns])
+            look = watch.look()
+            fell = look.arnorm < best[..., columns]
+            best[..., columns] = np.where(fell, look.arnorm, best[..., columns])
             since[..., columns] = np.where(fell, count, since[..., columns])
             stalled = count > since + np.maximum(_PATIENCE, since)
-            _check(state, host, targets, out, columns, xnorm, goal, stalled, count)
+            _check(look, targets, tests, out, columns, stalled[..., columns])
             if report is not None:
                 active = out.status[..., columns] == _RUNNING
-                if report(count, active, host(state.rnorm), host(state.arnorm)):
+                if report(count, active, look.rnorm, look.arnorm):
                     out.status[out.status == _RUNNING] = int(Status.INTERRUPTED)
-            scalars.freeze(out.status[..., columns] == _RUNNING)
+            running = out.status[..., columns] == _RUNNING
+            if not np.array_equal(running, ~look.met):
+                scalars.freeze(running)
     out.status[out.status == _RUNNING] = int(Status.MAXITER)
     out.x[..., columns] = state.x
     return out
 
 
 def _check(
-    state: Any,
-    host: Callable[[Any], np.ndarray],
+    look: Look,
     targets: Targets,
+    tests: Tests,
     out: Run,
     columns: np.ndarray,
-    xnorm: np.ndarray,
-    goal: np.ndarray,
     stalled: np.ndarray,
-    count: int,
 ) -> None:
     """Apply the stopping tests to the columns that still run, and note what they estimate."""
-    rnorm, arnorm, anorm, acond = (
-        host(a) for a in (state.rnorm, state.arnorm, state.anorm, state.acond)
+    outer, goal, floor, limit = (
+        np.broadcast_to(a, out.status.shape)[..., columns] for a in tests[2:]
     )
     running = out.status[..., columns] == _RUNNING
     status = np.full(running.shape, _RUNNING)
-    bnorm = targets.bnorm[..., columns]
-    image = anorm * xnorm[..., columns]  # about ||A x||, or more where A x cancels
-    blown = image > targets.xlimit * bnorm
-    status[stalled[..., columns] | (blown & targets.bounded)] = int(Status.STAGNATED)
-    status[~(rnorm + arnorm < np.inf)] = int(Status.NONFINITE)
-    status[acond >= targets.conlim] = int(Status.CONDITION_LIMIT)
-    level = targets.atol * anorm * np.fmax(rnorm, targets.rnorm[..., columns])
-    small = arnorm <= np.fmax(level, goal[..., columns])
+    image = look.anorm * look.xnorm  # about ||A x||, or more where A x cancels
+    blown = image > limit
+    finite = look.rnorm + look.arnorm < np.inf
+    status[stalled | (blown & targets.bounded)] = int(Status.STAGNATED)
+    status[~finite] = int(Status.NONFINITE)
+    status[look.acond >= targets.conlim] = int(Status.CONDITION_LIMIT)
+    level = targets.atol * look.anorm * np.fmax(look.rnorm, outer)
+    small = (look.arnorm <= np.fmax(level, goal)) | (look.met & finite)
     status[small] = int(_name(Status.NORMAL_RESIDUAL_SMALL, targets))
     if targets.consistent:
-        solved = rnorm <= targets.btol * bnorm + np.where(blown, 0.0, targets.atol * image)
+        solved = look.rnorm <= floor + np.where(blown, 0.0, targets.atol * image)
         status[solved] = int(_name(Status.RESIDUAL_SMALL, targets))
     for whole, part in (
         (out.status, status),
-        (out.iterations, np.full(running.shape, count)),
-        (out.anorm, anorm),
-        (out.acond, acond),
+        (out.iterations, look.steps),
+        (out.anorm, look.anorm),
+        (out.acond, look.acond),
     ):
         whole[..., columns] = np.where(running, part, whole[..., columns])
 
 
-def _compact(state: Any, scalars: Any, out: Run, columns: np.ndarray) -> np.ndarray:
+def _compact(
+    state: Any, scalars: Any, watch: HostWatch | DeviceWatch, out: Run, columns: np.ndarray
+) -> np.ndarray:
     """Drop the columns that have stopped (in every member) once they are a quarter of the block."""
     running = (out.status[..., columns] == _RUNNING).reshape(-1, len(columns)).any(axis=0)
     if running.sum() * 4 > len(columns) * 3:
@@ -272,5 +276,6 @@ def _compact(state: Any, scalars: Any, out: Run, columns: np.ndarray) -> np.ndar
     )
     out.x[..., columns[~running]] = state.x.index_select(-1, stopped)
     state.keep(going)
+    watch.keep(going)
     scalars.freeze(out.status[..., columns[running]] == _RUNNING)
     return columns[running]

@@ -109,7 +109,7 @@ def _in_layers(
     the rest of each of the leading segments starts.
     """
     lengths = np.diff(starts, append=size)
-    by_length = np.argsort(-lengths, kind="stable")
+    by_length = np.argsort(lengths)[::-1]
     starts, lengths = starts[by_length], lengths[by_length]
     layers = [np.empty(0, dtype=starts.dtype)]
     for depth in range(min(_LAYERS, int(lengths.max(initial=0)))):

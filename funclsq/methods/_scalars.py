@@ -14,6 +14,7 @@ column that is no longer ``active`` gets coefficients of zero: adding that chang
 
 from __future__ import annotations
 
+import collections
 import math
 from typing import Any, TypeAlias
 
@@ -163,6 +164,10 @@ class ArrayScalars:
         """Return a scalar as a NumPy array with one entry per column."""
         return a
 
+    def all_to_host(self, *scalars: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return several scalars as NumPy arrays."""
+        return scalars
+
     def keep(self, a: np.ndarray, columns: Tensor) -> np.ndarray:
         """Return the entries of these columns."""
         return a[..., columns.numpy()]
@@ -184,6 +189,11 @@ class TensorScalars:
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         self.active = torch.ones(shape, dtype=torch.bool, device=device)
+        # as tensors: each number given to torch.where would be written to the device again
+        self._zero, self._inf = (
+            torch.full((), value, dtype=torch.float64, device=device) for value in (0.0, math.inf)
+        )
+        self._divisors: collections.deque[tuple[Tensor, Tensor]] = collections.deque(maxlen=4)
 
     def full(self, value: float) -> Tensor:
         """Return the constant scalar ``value``."""
@@ -191,11 +201,20 @@ class TensorScalars:
 
     def div(self, a: Tensor, b: Tensor) -> Tensor:
         """Return a / b, and 0 where b vanishes (a breakdown, where the quotient is not used)."""
-        return torch.where(b > TINY, a / b, 0.0)
+        return a / self._divisor(b)
 
     def inverse(self, b: Tensor) -> Tensor:
         """Return 1 / b, and 0 where b vanishes."""
-        return torch.where(b > TINY, 1.0 / b, 0.0)
+        return 1.0 / self._divisor(b)
+
+    def _divisor(self, b: Tensor) -> Tensor:
+        """Return b, infinite where it vanishes; most are divided by more than once."""
+        for known, divisor in self._divisors:
+            if known is b:
+                return divisor
+        divisor = torch.where(b > TINY, b, self._inf)
+        self._divisors.append((b, divisor))
+        return divisor
 
     def norm(self, v: Tensor) -> Tensor:
         """Return ||v|| of each column."""
@@ -222,11 +241,15 @@ class TensorScalars:
 
     def live(self, a: Tensor) -> Tensor:
         """Return the coefficients, zero for frozen columns."""
-        return torch.where(self.active, a, 0.0)
+        return torch.where(self.active, a, self._zero)
 
     def to_host(self, a: Tensor) -> np.ndarray:
         """Return a scalar as a NumPy array with one entry per column."""
         return a.cpu().numpy()
+
+    def all_to_host(self, *scalars: Tensor) -> tuple[np.ndarray, ...]:
+        """Return several scalars as NumPy arrays, in one transfer."""
+        return tuple(torch.stack(scalars).cpu().numpy())
 
     def keep(self, a: Tensor, columns: Tensor) -> Tensor:
         """Return the entries of these columns."""
