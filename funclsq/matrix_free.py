@@ -195,9 +195,8 @@ def recording() -> Iterator[None]:
     with torch._C._PreserveDispatchKeyGuard(), torch.enable_grad():
         for key in (keys.AutogradFunctionality, keys.ADInplaceOrView):
             torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
-        for device in ("CPU", "CUDA", "XPU", "MPS", "PrivateUse1", "Other"):
-            key = getattr(keys, f"Autograd{device}")
-            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        for name in ("AutogradCPU", "AutogradCUDA", "AutogradOther"):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(getattr(keys, name), False)
         yield
 
 
