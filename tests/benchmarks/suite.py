@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.benchmarks.peers import CONTESTANTS, Contestant
 from tests.benchmarks.problems import PROBLEMS, Absent, Data, Problem, reference
-from tests.benchmarks.timing import Entry, interleave, once
+from tests.benchmarks.timing import Entry, interleave, once, settle
 
 __all__ = ["compare", "log"]
 
@@ -84,7 +84,7 @@ def compare(
             log(f"{name}: {reason}")
             continue
         for gradient in (False, True):
-            runs, entries, slow = {}, [], {}
+            runs, entries, slow, lasting = {}, [], {}, {}
             for key in contestants:
                 contestant = CONTESTANTS[key]
                 if not contestant.available:
@@ -95,8 +95,10 @@ def compare(
                 )
                 entries.append(entry)
                 if run is not None:
-                    runs[key] = run
+                    runs[key], lasting[key] = run, seconds
                     slow[key] = repetitions if seconds < patience / 5 else 2
+            for key, run in runs.items():
+                settle(run, problem.draw, lasting[key])
             times = interleave(runs, problem.draw, repetitions, slow)
             for entry in entries:
                 entry.seconds = times.get(entry.name, [])

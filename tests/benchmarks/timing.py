@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["Entry", "interleave", "once", "ratios"]
+__all__ = ["Entry", "interleave", "once", "ratios", "settle"]
+
+SETTLED = 18  # solves after which what is kept is no longer made in fresh memory
 
 
 @dataclasses.dataclass
@@ -39,6 +41,17 @@ def once(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     seconds = time.perf_counter() - start
     gc.enable()
     return seconds, out
+
+
+def settle(run: Callable[[Any], Any], draw: Callable[[int], Any], seconds: float) -> None:
+    """Run untimed until the memory in use has been used before, or for three seconds.
+
+    Where memory is handed out to a process for the first time, the system (a virtual machine, above
+    all) takes up to 30 us for a page of it: the first solves of a process take up to twice as long
+    as those after. This library keeps what 16 of them prepared, and uses its memory again then.
+    """
+    for number in range(min(SETTLED, int(3 / max(seconds, 1e-9)))):
+        run(draw(900_000 + number))
 
 
 def interleave(
