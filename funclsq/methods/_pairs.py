@@ -113,7 +113,7 @@ def _in_layers(
     starts, lengths = starts[by_length], lengths[by_length]
     layers = [np.empty(0, dtype=starts.dtype)]
     for depth in range(min(_LAYERS, int(lengths.max(initial=0)))):
-        layers.append(starts[: np.searchsorted(-lengths, -depth)] + depth)  # longer than that
+        layers.append(starts[: np.count_nonzero(lengths > depth)] + depth)
     rest = lengths[lengths > _LAYERS] - _LAYERS
     tails = np.cumsum(rest) - rest
     inside = np.arange(rest.sum()) - np.repeat(tails, rest)
