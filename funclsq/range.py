@@ -24,6 +24,7 @@ __all__ = [
     "power",
     "representable",
     "safe_norm",
+    "scaled_norm",
     "shifted",
     "within",
 ]
@@ -96,7 +97,10 @@ def power(e: Tensor, dtype: torch.dtype) -> Tensor:
 
 def safe_norm(v: Tensor) -> Tensor:
     """||v|| over rows, (..., m, k) -> (..., k), right wherever it can be represented."""
-    if moderate(v):
-        return column_norms(v)
+    return column_norms(v) if moderate(v) else scaled_norm(v)
+
+
+def scaled_norm(v: Tensor) -> Tensor:
+    """The same by scaling whatever v is, without waiting for a device."""
     e = exponent(v, (-2,))
     return shifted(column_norms(shifted(v, -e.unsqueeze(-2))), e)

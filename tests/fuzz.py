@@ -1,6 +1,6 @@
 """What must hold of any problem, and a run of many random ones.
 
-    python -m tests.fuzz --cases 100000 [--seed 0]
+    python -m tests.fuzz --cases 100000 [--seed 0] [--device cuda | simulated]
 
 makes that many, case i from seed + i alone, so that a failure can be run again on its own with
 ``--cases 1 --seed i``. One case in 40 is larger and sparse. It goes on after a failure, prints a
@@ -29,6 +29,7 @@ import hypothesis
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import funclsq as fl
 
@@ -44,10 +45,21 @@ def solve(case: Case, **more: Any) -> tuple[fl.Solution, list[Any]]:
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta")
-        sol = fl.solve(case.matrix(), **case.operands(), solver=case.solver, **options, **more)
+        there = case.on(DEVICE)
+        sol = fl.solve(there.matrix(), **there.operands(), solver=there.solver, **options, **more)
     for w in given:
         assert issubclass(w.category, fl.FunclsqWarning), w
+    if DEVICE is not None:
+        assert sol.x.device.type == DEVICE and sol.status.device.type == DEVICE
+        sol = tree_map(_here, sol)
     return sol, given
+
+
+DEVICE: str | None = None  # where the cases are solved; they are judged on the CPU
+
+
+def _here(t: Any) -> Any:
+    return t.cpu() if isinstance(t, Tensor) else t
 
 
 def _wide(t: Any) -> np.ndarray:
@@ -167,6 +179,7 @@ def check_gradients(case: Case) -> None:
     (t^2 w, t damp) that of (w, damp). With a rotation Q, (Q A, Q b) has that x too, and
     (A Q, b, Q^H x0) has Q^H x, which sees the term of A_bar across the null space.
     """
+    case = case.on(DEVICE and "cpu")
     if case.layout == "scipy" or not case.mild or case.A.ndim > 2:
         return
     known = dense(case)
@@ -184,8 +197,10 @@ def check_gradients(case: Case) -> None:
         leaves["x0"] = leaves["x0"][:, None].expand(-1, case.b.shape[1])
     sparse = case.layout not in ("dense", "sparse", "repeated", "operator")
     if sparse:  # torch cannot differentiate every conversion, so the sparse tensor is the leaf
-        leaves["A"] = case.matrix()
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
+        leaves["A"] = case.on(DEVICE).matrix()
+    leaves = {
+        name: t.detach().clone().to(DEVICE or "cpu").requires_grad_() for name, t in leaves.items()
+    }
     given = dict(leaves)
     A = given.pop("A")
     A = A if sparse else wrap(A, case.layout, case.row, case.col)
@@ -198,9 +213,10 @@ def check_gradients(case: Case) -> None:
         draw = torch.Generator().manual_seed(case.seed)
         k = torch.randn(x.shape, dtype=x.dtype, generator=draw)
         bars = torch.autograd.grad(
-            (x.conj() * k).real.sum(), list(leaves.values()), allow_unused=True
+            (x.conj() * k.to(x.device)).real.sum(), list(leaves.values()), allow_unused=True
         )
-    bar = dict(zip(leaves, bars))
+    bar = dict(zip(leaves, map(_here, bars)))
+    leaves, x = {name: _here(t.detach()) for name, t in leaves.items()}, _here(x.detach())
     along = {}
     for name, t in bar.items():
         leaf = leaves[name].detach()
@@ -342,7 +358,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cuda", "simulated"), help="solve the cases there")
     args = parser.parse_args()
+    if args.device == "simulated":
+        import simulated
+
+        simulated.register()
+    global DEVICE
+    DEVICE = args.device
     torch.set_num_threads(1)
     torch.set_printoptions(precision=17)
     warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta")

@@ -80,6 +80,21 @@ class Case:
         """A as the layout has it."""
         return wrap(self.A, self.layout, self.row, self.col)
 
+    def on(self, device: str | None) -> Case:
+        """The same on a device, where ``cholesky`` and SciPy's matrices are not at home."""
+        if device is None:
+            return self
+
+        def there(t: Any) -> Any:
+            return t.to(device) if isinstance(t, Tensor) else t
+
+        return dataclasses.replace(
+            self,
+            solver="auto" if self.solver == "cholesky" else self.solver,
+            layout="csr" if self.layout == "scipy" else self.layout,
+            **{name: there(getattr(self, name)) for name in ("A", "b", "damp", "weights", "x0")},
+        )
+
     def operands(self) -> dict[str, Any]:
         """The operands but A."""
         return {"b": self.b, "damp": self.damp, "weights": self.weights, "x0": self.x0}
@@ -108,7 +123,7 @@ def wrap(A: Tensor, layout: str, row: np.ndarray, col: np.ndarray) -> Any:
         return fl.Sparse(twice, torch.cat((0.25 * values, 0.75 * values), -1))
     if layout == "scipy":
         return scipy.sparse.coo_array((values.detach().numpy(), (row, col)), shape=(m, n))
-    index = torch.from_numpy(np.stack((row, col)).astype(np.int64))
+    index = torch.from_numpy(np.stack((row, col)).astype(np.int64)).to(A.device)
     coo = torch.sparse_coo_tensor(index, values, (m, n), check_invariants=True)
     if layout == "coo":
         return coo

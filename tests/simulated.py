@@ -33,6 +33,7 @@ _WAITS = {  # the host reads what the device has computed, on CUDA too
     "repeat_interleave",
     "linalg_eigh",
 }
+_LAZY = (torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative)
 _COMPOSITE = "CompositeImplicitAutograd"
 _MADE = ("arange", "arange.start", "arange.start_step", "eye", "eye.m", "linspace", "logspace")
 _INDEXING = ("index", "index_put", "index_put_")
@@ -58,7 +59,10 @@ class Tensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return _do(func, args, kwargs or {})
+        with torch._C._PreserveDispatchKeyGuard():
+            for key in _LAZY:  # passed already, and what comes next needs them as any other
+                torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+            return _do(func, args, kwargs or {})
 
     def __repr__(self):
         return f"simulated({self.host!r})"
@@ -138,7 +142,8 @@ def _do(func, args, kwargs):
         source = args[1] if name == "copy_" else args[0]
         there = isinstance(args[0], Tensor) if name == "copy_" else there
         if isinstance(source, Tensor) != there:
-            _note("to the device" if there else "to the host", source.nbytes)
+            size = source.nbytes if source.layout == torch.strided else 0
+            _note("to the device" if there else "to the host", size)
     elif ours and any(t.ndim for t in tensors if not isinstance(t, Tensor)):
         if name in _INDEXING and isinstance(args[0], Tensor):  # whose indices may lie on the host
             _note("to the device", sum(t.nbytes for t in tensors if not isinstance(t, Tensor)))

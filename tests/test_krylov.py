@@ -49,6 +49,13 @@ class Counting:
         return self.op.column_norms()
 
 
+class Unscaled(Counting):
+    """One whose columns cannot be scaled, as they are not known."""
+
+    def column_norms(self):
+        return None
+
+
 def make(kind, dtype, k, seed=0):
     m, n, rank = SHAPES[kind]
     rng = np.random.default_rng(seed)
@@ -571,6 +578,33 @@ def test_scalars_kept_on_a_device(method, kind, on_device):
     raw = prepare(method, A).solve(*columns(b, g))
     assert error(raw.x, expected.x.numpy()) < 1e-11
     assert np.array_equal(raw.status, expected.status)
+
+
+@pytest.mark.parametrize(
+    (
+        "method",
+        "dtype",
+    ),  # where no product of two norms, nor a square of one, has to be represented
+    [
+        (lsmr, np.float32),
+        (lsmr, np.complex64),
+        (lsqr, np.float32),
+        (lsqr, np.complex64),
+        (lsqr, np.float64),
+        (lsqr, np.complex128),
+    ],
+)
+@pytest.mark.parametrize("power", [-1, 1])
+def test_norms_on_a_device_keep_to_the_range(method, power, dtype, on_device):
+    """Squares of such entries vanish or overflow: nothing may be taken for zero, or solved."""
+    scale = float(np.finfo(dtype).max) ** (0.6 * power)
+    A, b, _ = make("tall", dtype, 2)
+    b[:, 1] = 0  # a norm of zero says nothing of the range
+    x = np.linalg.lstsq(A.astype(complex), b, rcond=None)[0]
+    on_device()
+    raw = method.prepare(Unscaled(DenseOp(torch.from_numpy(A) * scale)), None, Options(), True)
+    x_scaled = raw.solve(columns(b)[0], None).x.to(torch.complex128) * scale
+    assert error(x_scaled, x) < 1e3 * np.finfo(dtype).eps
 
 
 @METHODS

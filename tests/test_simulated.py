@@ -18,11 +18,14 @@ HERE = Path(__file__).parent
 inside = pytest.mark.skipif(DEVICE != "simulated", reason="runs where the device is simulated")
 
 
-@pytest.mark.skipif(DEVICE is not None, reason="there is a device, and what is marked ran on it")
-@pytest.mark.skipif(
+can_simulate = pytest.mark.skipif(
     not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
-    reason="torch is too old to simulate a device (2.10 can)",
+    reason="torch is too old to simulate a device",
 )
+
+
+@pytest.mark.skipif(DEVICE is not None, reason="there is a device, and what is marked ran on it")
+@can_simulate
 def test_what_is_marked_for_a_device_passes_on_a_simulated_one():
     files = ("test_cuda.py", "test_krylov.py", "test_simulated.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda"]
@@ -38,6 +41,17 @@ def test_what_is_marked_for_a_device_passes_on_a_simulated_one():
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     last = run.stdout.strip().splitlines()[-1]
     assert "failed" not in last and int(last.split()[0]) > 150, last
+
+
+@pytest.mark.skipif(DEVICE == "simulated", reason="runs from the outside")
+@can_simulate
+def test_random_problems_on_a_simulated_device():
+    command = [sys.executable, "-m", "tests.fuzz", "--device", "simulated", "--cases", "120"]
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, check=False, cwd=HERE.parent
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert "120 cases, 0 failed" in run.stdout
 
 
 @inside

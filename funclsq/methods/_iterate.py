@@ -189,21 +189,22 @@ def _iterate_block(
     )
     columns = np.arange(k)  # of the block, still iterated on
     rnorm, first, out.anorm[...] = scalars.all_to_host(state.rnorm, state.arnorm, state.anorm)
+    scalars.told(rnorm, first, out.anorm)
     start = first <= targets.atol * out.anorm * np.fmax(targets.rnorm, rnorm)
     out.status[start] = int(Status.START_SOLVES)
     scalars.freeze(out.status == _RUNNING)
-    tests = Tests(
-        targets.atol,
-        targets.consistent,
-        targets.rnorm,
-        targets.reduction * first,
-        targets.btol * targets.bnorm,
-        targets.xlimit * targets.bnorm,
-    )
-    watch = watch_for(state, scalars, tests, targets.xnorm)
     best, since = np.full(shape, np.inf), np.zeros(shape, dtype=np.int64)
     count = 0
     with np.errstate(all="ignore"):
+        tests = Tests(
+            targets.atol,
+            targets.consistent,
+            targets.rnorm,
+            targets.reduction * first,
+            targets.btol * targets.bnorm,
+            targets.xlimit * targets.bnorm,
+        )
+        watch = watch_for(state, scalars, tests, targets.xnorm)
         while count < maxiter and (out.status == _RUNNING).any():
             columns = _compact(state, scalars, watch, out, columns)
             for _ in range(min(scalars.check_every, maxiter - count)):

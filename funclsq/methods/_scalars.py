@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from funclsq.norms import column_norms
-from funclsq.range import safe_norm
+from funclsq.range import safe_norm, scaled_norm
 
 __all__ = [
     "ArrayScalars",
@@ -38,9 +38,12 @@ TINY = 1e-290  # a divisor below this would overflow; problems are scaled to nor
 _LARGE = 1e38  # the end of the range of float32
 
 
+_RANGE = (1e-140, 1e140)  # of norms whose squares double precision holds
+
+
 def _safe(v: Tensor) -> tuple[float, float]:
     """Between which no square that matters to a norm leaves the range."""
-    return (1e-15, 1e15) if v.dtype in (torch.float32, torch.complex64) else (1e-140, 1e140)
+    return (1e-15, 1e15) if v.dtype in (torch.float32, torch.complex64) else _RANGE
 
 
 class FloatScalars:
@@ -168,6 +171,9 @@ class ArrayScalars:
         """Return several scalars as NumPy arrays."""
         return scalars
 
+    def told(self, *norms: np.ndarray) -> None:
+        """Nothing to note: every norm is looked at."""
+
     def keep(self, a: np.ndarray, columns: Tensor) -> np.ndarray:
         """Return the entries of these columns."""
         return a[..., columns.numpy()]
@@ -193,6 +199,7 @@ class TensorScalars:
         self._zero, self._inf = (
             torch.full((), value, dtype=torch.float64, device=device) for value in (0.0, math.inf)
         )
+        self._extreme = True  # unless the first norms of a run are seen not to be
         self._divisors: collections.deque[tuple[Tensor, Tensor]] = collections.deque(maxlen=4)
 
     def full(self, value: float) -> Tensor:
@@ -217,8 +224,20 @@ class TensorScalars:
         return divisor
 
     def norm(self, v: Tensor) -> Tensor:
-        """Return ||v|| of each column."""
-        return torch.linalg.vector_norm(v, dim=-2).to(torch.float64)
+        """Return ||v|| of each column.
+
+        Single precision is summed in double; double precision is scaled by powers of two while the
+        norms of the run may leave its range.
+        """
+        if v.dtype in (torch.float32, torch.complex64):
+            wide = torch.complex128 if v.is_complex() else torch.float64
+            return torch.linalg.vector_norm(v, dim=-2, dtype=wide)
+        return scaled_norm(v) if self._extreme else torch.linalg.vector_norm(v, dim=-2)
+
+    def told(self, *norms: np.ndarray) -> None:
+        """Take note of the first norms of a run, of b, A^H b and A, which the host has seen."""
+        low, high = _RANGE
+        self._extreme = any((((n <= low) & (n > 0)) | ~(n < high)).any() for n in norms)
 
     def inner_norm(self, v: Tensor, w: Tensor) -> Tensor:
         """Return (v^H w)^(1/2) for w = N v, N positive definite."""
