@@ -1,5 +1,7 @@
 """Matrix-free operators in JAX, and the equinox modules."""
 
+import functools
+
 import pytest
 
 jax = pytest.importorskip("jax")
@@ -190,3 +192,49 @@ def test_training_recovers_a_sparse_operator():
     layer, values = fit(layer)
     assert values[-1] < 1e-4 * values[0]
     assert_close(layer.A.values, true, rtol=0.05)
+
+
+class _Held:
+    """Jitted with itself static, as is often done: what it holds is a constant of its program."""
+
+    def __init__(self, a):
+        self.a = a
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def __call__(self, v):
+        return self.a @ v
+
+
+@pytest.mark.parametrize("inner", ["method", "function"])
+def test_what_an_inner_program_holds_is_seen_to_change(inner):
+    held = {}
+
+    def matvec(_, v):
+        if inner == "method":
+            return held["a"](v)
+        a = held["a"].a
+        return jax.jit(lambda u: a @ u)(v)
+
+    A = flj.LinearOperator(matvec, (6, 3))
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        a, b = rng.standard_normal((6, 3)), rng.standard_normal(6)
+        held["a"] = _Held(jnp.asarray(a))
+        expected = np.linalg.lstsq(a, b, rcond=None)[0]
+        assert_close(flj.lstsq(A, b), expected, 1e-10)
+        bar = jax.grad(lambda b: (flj.lstsq(A, b) ** 2).sum())(jnp.asarray(b))
+        assert_close(bar, 2 * np.linalg.pinv(a).T @ expected, 1e-9)
+
+
+def test_an_array_that_is_written_to_later_was_read_before():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((6, 3)), jnp.asarray(rng.standard_normal(6))
+    held = {"a": a.copy()}
+    A = flj.LinearOperator(lambda _, v: held["a"] @ v, (6, 3))
+    x, pull = jax.vjp(lambda b: flj.lstsq(A, b), b)
+    held["a"] *= 5
+    held["a"] += 1
+    assert_close(pull(x)[0], np.linalg.pinv(a).T @ np.asarray(x), 1e-9)
+    held["a"] = a.copy()  # of the content that a program was kept for, which held the former
+    assert_close(flj.lstsq(A, b), x, 1e-10)
+    assert_close(jax.jacrev(lambda b: flj.lstsq(A, b))(b), np.linalg.pinv(a), 1e-9)

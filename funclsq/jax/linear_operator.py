@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from funclsq.jax.convert import jax_array
 from funclsq.jax.matrix_free import Function
@@ -144,10 +144,12 @@ def _traced(matvec: Any, tree: Any, leaves: list[Any], example: Any) -> tuple[An
         return matvec(jax.tree.unflatten(tree, args[:-1]), args[-1])
 
     traced, result = jax.make_jaxpr(of_leaves, return_shape=True)(*leaves, example)
-    constants = traced.consts
+    # copies: what the user does to an array later must not reach a program that is kept
+    constants = [c if isinstance(c, jax.Array) else np.array(c) for c in traced.consts]
+    traced = traced.replace(consts=constants)
     if not any(isinstance(c, jax.core.Tracer) for c in constants):
         text = _ADDRESS.sub("", str(traced.jaxpr))
-        known = tuple(map(_identity, constants))
+        known = tuple(map(_identity, [*constants, *_inner_constants(traced.jaxpr)]))
         return _Recorded(matvec, tree, text, known, jaxpr_as_fun(traced)), result, leaves
     count = len(constants)
 
@@ -157,6 +159,19 @@ def _traced(matvec: Any, tree: Any, leaves: list[Any], example: Any) -> tuple[An
     hoisted = [*(jnp.asarray(c) for c in constants), *leaves]
     function = jaxpr_as_fun(jax.make_jaxpr(evaluate)(*hoisted, example))
     return _Closed(function), result, hoisted
+
+
+def _inner_constants(jaxpr: Any) -> Iterator[Any]:
+    """What the programs inside a program (of jit, above all) close over: it is not printed."""
+    for equation in jaxpr.eqns:
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda t: isinstance(t, ClosedJaxpr)
+        ):
+            if isinstance(inner, ClosedJaxpr):
+                yield from inner.consts
+                yield from _inner_constants(inner.jaxpr)
+            elif isinstance(inner, Jaxpr):
+                yield from _inner_constants(inner)
 
 
 def _identity(constant: Any) -> Any:
