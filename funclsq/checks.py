@@ -17,6 +17,7 @@ from funclsq.torch_sparse import is_sparse
 
 __all__ = [
     "dense_tensor",
+    "from_array",
     "real_dtype",
     "require_finite",
     "require_inexact",
@@ -26,10 +27,15 @@ __all__ = [
 ]
 
 
+def from_array(a: np.ndarray) -> Tensor:
+    """Return a tensor of a NumPy array: the same memory, or a copy of what is not to be written."""
+    return torch.from_numpy(a if a.flags.writeable else a.copy())
+
+
 def dense_tensor(t: Any, what: str, name: str) -> Tensor:
     """Return a torch tensor of NumPy or torch data; refuse anything else, and sparse layouts."""
     if isinstance(t, np.ndarray):
-        t = torch.from_numpy(t)
+        t = from_array(t)
     if not isinstance(t, Tensor):
         raise TypeError(
             f"{name}: {what} must be a torch tensor; got {type(t).__name__}. For JAX arrays use "

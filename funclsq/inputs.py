@@ -13,6 +13,7 @@ from torch import Tensor
 from funclsq.beneath import differentiated
 from funclsq.checks import (
     dense_tensor,
+    from_array,
     real_dtype,
     require_finite,
     require_inexact,
@@ -105,7 +106,7 @@ def matrix(A: Any, name: str) -> tuple[Any, tuple[Tensor, ...], tuple[int, ...],
         A = Sparse.from_scipy(A)
         return SparseStructure(A.pattern), (A.values,), (), "csr"
     if isinstance(A, np.ndarray):
-        A = torch.from_numpy(A)
+        A = from_array(A)
     if isinstance(A, Tensor):
         require_inexact(A, "A", name)
         if A.ndim < 2:
@@ -269,7 +270,7 @@ def _damp(damp, b, n, name, widened):
     if isinstance(damp, (bool, complex)):
         raise TypeError(f"{name}: damp must be a real number or tensor; got {damp!r}.")
     if isinstance(damp, np.ndarray):
-        damp = torch.from_numpy(damp)
+        damp = from_array(damp)
     if isinstance(damp, (int, float, np.floating, np.integer)):
         if not math.isfinite(damp) or damp < 0:
             raise ValueError(f"{name}: damp must be finite and >= 0; got {damp}.")

@@ -9,10 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from funclsq.beneath import beneath, tracing
+from funclsq.checks import from_array
+from funclsq.inputs import canonical
 from funclsq.lstsq import lstsq
 from funclsq.lstsq import solve as _solve
 from funclsq.matrix_free import LinearOperator
 from funclsq.pattern import SparsityPattern
+from funclsq.settings import settings
 from funclsq.solution import Solution
 from funclsq.sparse import Sparse
 
@@ -91,6 +95,7 @@ class LeastSquares(nn.Module):
             self._keep(name, tensor, "A" in chosen)
         like = next((t for t in (*self.parameters(), *self.buffers())), torch.empty(0))
         real = like.real.dtype if like.is_complex() else like.dtype
+        damp = from_array(damp) if isinstance(damp, np.ndarray) else damp
         damp = torch.as_tensor(damp, dtype=real, device=like.device)
         for name, value in (("b", b), ("damp", damp), ("weights", weights), ("x0", x0)):
             if value is None and name in chosen:
@@ -106,7 +111,7 @@ class LeastSquares(nn.Module):
         if hasattr(A, "tocoo"):
             A = Sparse.from_scipy(A)
         elif isinstance(A, np.ndarray):
-            A = torch.from_numpy(A)
+            A = from_array(A)
         elif isinstance(A, Tensor) and A.layout != torch.strided:
             A = Sparse.from_torch(A.detach())
         if isinstance(A, Sparse):
@@ -121,6 +126,8 @@ class LeastSquares(nn.Module):
         return {"A": A}
 
     def _keep(self, name: str, value: Tensor | None, trained: bool) -> None:
+        if isinstance(value, np.ndarray):
+            value = from_array(value)
         if value is not None:
             value = value.detach().clone()
         if trained:
@@ -159,7 +166,7 @@ class LeastSquares(nn.Module):
         if weights is not None:
             square = (weights.unsqueeze(-1) if weights.ndim == 1 else weights) * square
         total = square.sum()
-        if self._damped:
+        if self._damps():
             shift = (x if x0 is None else x - x0).abs() ** 2
             total = total + ((damp.unsqueeze(-1) if damp.ndim else damp) ** 2 * shift).sum()
         return total
@@ -170,8 +177,14 @@ class LeastSquares(nn.Module):
             raise ValueError("LeastSquares: needs a right-hand side; pass b to the call.")
         return b
 
+    def _damps(self) -> bool:
+        """Whether damp counts: one that was zero may have been replaced, loaded or filled."""
+        if self._damped or self.damp.requires_grad or self.damp.is_meta or tracing():
+            return self._damped or self.damp.requires_grad
+        return bool((beneath(self.damp.detach()) != 0).any())
+
     def _settings(self) -> dict[str, Any]:
-        damp = self.damp.abs() if self._damped else 0.0
+        damp = self.damp.abs() if self._damps() else 0.0
         return {"damp": damp, "weights": self.weights, "x0": self.x0, **self.options}
 
     def extra_repr(self) -> str:
@@ -214,13 +227,25 @@ class Objective(nn.Module):
         super().__init__()
         self.problem = problem
         b = problem._right(None)
-        n = problem.matrix.shape[-1]
-        like = b.new_zeros((n,) if b.ndim == 1 else (*b.shape[:-2], n, b.shape[-1]))
+        like = b.new_zeros(_shape_of_solution(problem))
         if x is None:
             x = like if problem.x0 is None else problem.x0
-            x = x.unsqueeze(-1).expand_as(like) if x.ndim == 1 and b.ndim > 1 else x
+            x = x.unsqueeze(-1) if x.ndim == 1 and like.ndim > 1 and b.ndim > 1 else x
+            x = x.expand_as(like)
         self.x = nn.Parameter(x.detach().clone())
 
     def forward(self) -> Tensor:
         """Return the loss at x."""
         return self.problem.objective(self.x)
+
+
+def _shape_of_solution(problem: LeastSquares) -> tuple[int, ...]:
+    """That of ``problem()``, without solving it."""
+    given = {name: getattr(problem, name) for name in ("damp", "weights", "x0")}
+    given = {name: None if t is None else t.detach() for name, t in given.items()}
+    given["damp"] = given["damp"].abs()
+    plain = settings("Objective", "lsmr")
+    A, b = problem.matrix, problem._right(None)
+    p = canonical("Objective", A, b, **given, options=plain, on_failure="warn", check_finite=True)
+    n = p.plan.structure.shape[1]
+    return (*p.lead, n) if p.vector else (*p.lead, n, p.columns)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 from torch.func import functional_call
@@ -197,3 +200,59 @@ def test_the_objective_is_that_of_the_solver_for_every_shape_it_takes(square):
     best = whole().requires_grad_()
     (slope,) = torch.autograd.grad(whole.objective(best), best)
     assert slope.abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("how", ["called", "loaded", "filled", "assigned"])
+def test_a_damp_that_was_zero_counts_once_it_is_not(problem, how):
+    A, b = problem
+    layer = LeastSquares(A, b)
+    damp = torch.tensor(1.5, dtype=F64)
+    x = torch.zeros(4, 2, dtype=F64)
+    if how == "called":
+        got = functional_call(layer, {"damp": damp}, ())
+        loss = functional_call(Objective(layer, x + 1), {"problem.damp": damp}, ())
+    else:
+        if how == "loaded":
+            layer.load_state_dict(LeastSquares(A, b, damp=damp).state_dict())
+        elif how == "filled":
+            layer.damp.fill_(1.5)
+        else:
+            layer.damp = damp
+        got, loss = layer(), layer.objective(x + 1)
+    torch.testing.assert_close(got, fl.lstsq(A, b, damp=1.5))
+    torch.testing.assert_close(loss, LeastSquares(A, b, damp=1.5).objective(x + 1))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"A": (2, 12, 4), "b": (12,)},
+        {"A": (2, 12, 4), "b": (12, 3)},
+        {"A": (12, 4), "b": (2, 12, 3)},
+        {"A": (12, 4), "b": (12, 3), "weights": (12, 3)},
+        {"A": (12, 4), "b": (12, 3), "x0": (4, 1)},
+        {"A": (12, 4), "b": (12, 3), "x0": (4,)},
+        {"A": (2, 12, 4), "b": (12, 3), "x0": (4,)},
+    ],
+    ids=str,
+)
+def test_the_parameter_of_an_objective_has_the_shape_of_the_solution(given):
+    tensors = {name: torch.rand(shape, dtype=F64) for name, shape in given.items()}
+    loss = Objective(LeastSquares(**tensors))
+    solution = loss.problem()
+    assert loss.x.shape == solution.shape
+    loss.x.data.copy_(solution)
+    (bar,) = torch.autograd.grad(loss(), loss.x)
+    assert float(bar.abs().max()) < 1e-12
+
+
+def test_operands_may_be_arrays(problem):
+    A, b = (t.numpy() for t in problem)
+    x0, weights, damp = np.ones(4), np.arange(12.0), np.full(4, 0.1)
+    frozen = A.copy()
+    frozen.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer = LeastSquares(frozen, b, x0=x0, weights=weights, damp=damp)
+        expected = fl.lstsq(frozen, b, x0=x0, weights=weights, damp=damp)
+    torch.testing.assert_close(layer(), expected)
