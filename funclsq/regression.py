@@ -160,7 +160,7 @@ def linear_regression(
     used = _parameters_told(p, sol.rank, square) if found is None else found
     dof = p.restore_info(count.expand(square.shape).unsqueeze(-1)).squeeze(-1) - used
     sigma2 = p.restore_info(square.unsqueeze(-1)).squeeze(-1)
-    sigma2 = sigma2 / torch.where(dof > 0, dof, torch.nan)
+    sigma2 = sigma2 / torch.where(dof > 1e-9, dof, torch.nan)
     parameters = sol.x
     split = n - int(intercept)
     rows = parameters.ndim - (1 if p.vector else 2)
@@ -279,21 +279,22 @@ def _covariance(p: Problem, rank: Tensor, n: int) -> tuple[Tensor | None, Tensor
     N, _, _ = derivatives.solve(p.plan, p.w, p.d2, None, eye, None, p.params)
     if _refinable(p, n):
         N = N + refinement(p, N, None, eye)
-    trace = None
+    lost = None
     if p.d2 is not None:
         D2 = p.d2.unsqueeze(-1)
-        trace = n - (p.d2 * N.diagonal(dim1=-2, dim2=-1).real).sum(-1)
+        lost = (p.d2 * N.diagonal(dim1=-2, dim2=-1).real).sum(-1)
         with full_precision(N.device.type):
             N = N - N @ (D2 * N)
     if p.per_column:
         N = N.unflatten(0, (*p.lead, -1))
-        trace = None if trace is None else trace.unflatten(0, (*p.lead, -1))
+        lost = None if lost is None else lost.unflatten(0, (*p.lead, -1))
     elif N.ndim == 3:
         N = N.unflatten(0, p.lead)
-        trace = None if trace is None else trace.unflatten(0, p.lead)
+        lost = None if lost is None else lost.unflatten(0, p.lead)
     if not p.per_column and not p.vector:
         N = N.unsqueeze(-3)
-        trace = None if trace is None else trace.unsqueeze(-1)
+        lost = None if lost is None else lost.unsqueeze(-1)
+    trace = None if lost is None else torch.where(rank < 0, torch.nan, rank) - lost
     full = (rank == n)[..., None, None]
     return trace, torch.where(full, N, torch.nan)
 

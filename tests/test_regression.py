@@ -324,3 +324,27 @@ def test_sums_in_twice_the_precision(dtype):
         want = float(mpmath.fsum(exact))
     got = float(accurate_sum(big, low))
     assert got == pytest.approx(want, rel=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("damp", ["zeros", "some", "all"])
+def test_degrees_of_freedom_of_a_damped_design_that_lacks_rank(damp):
+    """m - trace of the hat matrix, which is the rank less what damping takes."""
+    rng = np.random.default_rng(3)
+    X = rng.standard_normal((18, 4))
+    X[:, 3] = X[:, 0] - X[:, 1]
+    y = rng.standard_normal(18)
+    d = {"zeros": np.zeros(4), "some": np.array([0, 0, 0.7, 0]), "all": np.full(4, 0.7)}[damp]
+    fit = fl.linear_regression(X, y, intercept=False, damp=torch.from_numpy(d))
+    hat = X @ np.linalg.pinv(np.vstack((X, np.diag(d))), rcond=1e-10)[:, :18]
+    dof = 18 - np.trace(hat)
+    r = y - hat @ y
+    np.testing.assert_allclose(float(fit.degrees_of_freedom), dof, rtol=1e-12)
+    np.testing.assert_allclose(float(fit.variance), r @ r / dof, rtol=1e-12)
+
+
+def test_no_variance_without_degrees_of_freedom():
+    X = np.random.default_rng(0).standard_normal((5, 5))
+    fit = fl.linear_regression(
+        X, X[:, 0], intercept=False, damp=torch.zeros(5, dtype=torch.float64)
+    )
+    assert abs(float(fit.degrees_of_freedom)) < 1e-9 and np.isnan(float(fit.variance))
