@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import secrets
 import threading
 import weakref
 from typing import Any
@@ -26,7 +27,8 @@ __all__ = [
 
 
 _MAX_BATCHED = 4  # block-diagonal replicas of one pattern that are kept
-_counter = itertools.count(1)
+# from where no other process begins: a handle in an exported program must not fit anything here
+_counter = itertools.count(secrets.randbits(40) << 20)
 _by_handle: weakref.WeakValueDictionary[int, SparsityPattern] = weakref.WeakValueDictionary()
 
 
@@ -74,6 +76,7 @@ class SparsityPattern:
         "col",
         "handle",
         "lock",
+        "name",
         "row",
         "shape",
     )
@@ -106,6 +109,7 @@ class SparsityPattern:
         self._digest: bytes | None = None
         self._tensors: dict[Any, Tensor] = {}
         self.handle = next(_counter)
+        self.name = str(self.handle)  # which torch.compile never takes for a variable
         _by_handle[self.handle] = self
 
     @classmethod
@@ -297,7 +301,7 @@ class SparsityPattern:
 
 def pattern_of_handle(handle: int) -> SparsityPattern:
     """Return the live pattern with this handle."""
-    return _by_handle[handle]
+    return _by_handle[int(handle)]
 
 
 def _frozen(array: np.ndarray, dtype: Any) -> np.ndarray:

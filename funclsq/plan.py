@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import secrets
 import threading
 import weakref
 from typing import Any
@@ -22,7 +23,8 @@ __all__ = ["Plan", "plan_of_handle"]
 _PLANS = 32
 
 _lock = threading.RLock()
-_counter = itertools.count(1)
+# from where no other process begins: a handle in an exported program must not fit anything here
+_counter = itertools.count(secrets.randbits(40) << 20)
 _plans: collections.OrderedDict[Any, Plan] = collections.OrderedDict()
 _by_handle: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
 
@@ -102,6 +104,7 @@ def plan_of_handle(handle: int) -> Plan:
     if plan is None:
         raise RuntimeError(
             "funclsq: the sparsity pattern of a traced solve no longer exists. Keep the "
-            "SparsityPattern (or the matrix) alive as long as the traced function."
+            "SparsityPattern (or the matrix) alive as long as the traced function; a program "
+            "saved by torch.export runs in the process that exported it only."
         )
     return plan

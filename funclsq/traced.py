@@ -6,6 +6,7 @@ about a solve is settled once while it traces, and the compiled graph holds the 
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -59,8 +60,8 @@ def traced_plan(
         )
     if not isinstance(settings.solver, str):
         raise TypeError("lstsq: under torch.compile solver must be a name.")
-    pattern = 0 if structure.pattern is None else structure.pattern.handle
-    m, n = structure.shape
+    pattern = "" if structure.pattern is None else structure.pattern.name
+    m, n = map(operator.index, structure.shape)
     handle = _plan_handle(
         pattern, m, n, settings.solver, settings.given, full_rank, damped, on_failure, check, wanted
     )
@@ -78,7 +79,7 @@ def _plan_handle(pattern, m, n, solver, given, full_rank, damped, on_failure, ch
         )
     structure: Any = DenseStructure(m, n)
     if pattern:
-        structure = SparseStructure(pattern_of_handle(pattern))
+        structure = SparseStructure(pattern_of_handle(int(pattern)))
     options = Options(solver=solver, **dict(given))
     plan = Plan.of(structure, options, full_rank, damped, on_failure, check, True, wanted)
     _kept[plan.handle] = plan

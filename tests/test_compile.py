@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from cases import LAYOUTS, operands, problem
@@ -134,3 +137,41 @@ def test_reverse_mode_inside_a_compiled_function():
 
     got = torch.compile(gradient, backend="aot_eager")(A, b)
     torch.testing.assert_close(got, gradient(A, b), rtol=1e-12, atol=1e-13)
+
+
+def test_one_graph_for_several_patterns_and_sizes():
+    f = _compile(lambda S, v, b: fl.lstsq(fl.Sparse(S, v), b))
+    for seed, (m, n) in enumerate(((20, 8), (20, 8), (26, 8), (20, 8))):
+        A = torch.rand(m, n, dtype=torch.float64) + 2 * torch.eye(m, n, dtype=torch.float64)
+        stored = torch.rand(m, n) < (0.5 + 0.1 * seed)
+        stored |= torch.eye(m, n, dtype=torch.bool)
+        pattern = fl.SparsityPattern(*stored.nonzero().T, (m, n))
+        values, b = A[stored].requires_grad_(), torch.rand(m, dtype=torch.float64)
+        outs = [g(pattern, values, b) for g in (f, lambda S, v, b: fl.lstsq(fl.Sparse(S, v), b))]
+        bars = [torch.autograd.grad(x.square().sum(), values)[0] for x in outs]
+        torch.testing.assert_close(*outs)
+        torch.testing.assert_close(*bars)
+
+
+def test_an_exported_program_does_not_run_elsewhere(tmp_path):
+    """Its solve is a number of a plan in this process; no other may have one of that number."""
+
+    class Module(torch.nn.Module):
+        def forward(self, A, b):
+            return fl.lstsq(A, b, rank=1)
+
+    A, b = torch.rand(8, 3, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
+    program = torch.export.export(Module(), (A, b))
+    torch.testing.assert_close(program.module()(A, b), fl.lstsq(A, b, rank=1))
+    torch.export.save(program, tmp_path / "p.pt2")
+    code = (
+        "import torch, funclsq as fl\n"
+        "A, b = torch.rand(8, 3, dtype=torch.float64), torch.rand(8, dtype=torch.float64)\n"
+        "for rank in ('auto', 'full', 1, 2, 3): fl.lstsq(A, b, rank=rank)\n"
+        f"program = torch.export.load({str(tmp_path / 'p.pt2')!r})\n"
+        "try: program.module()(A, b)\n"
+        "except RuntimeError as error: assert 'torch.export' in str(error), error\n"
+        "else: raise SystemExit('it ran')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
