@@ -63,6 +63,14 @@ class Factorization:
             raise TypeError(f"{name}: needs dtype {p.dtype}; got {v.dtype}.")
         flat = block = block.to(p.b.dtype)
         if p.lead:
+            given = block.shape[:-2]
+            if len(given) > len(p.lead) or any(
+                a not in (1, b) for a, b in zip(given[::-1], p.lead[::-1])
+            ):
+                raise ValueError(
+                    f"{name}: needs leading dimensions {tuple(p.lead)} as A has, or none; got "
+                    f"shape {tuple(v.shape)}."
+                )
             flat = block.expand(*p.lead, *block.shape[-2:])
         if flat.ndim > 2:
             flat = flat.flatten(0, -3)
@@ -157,13 +165,16 @@ def _made_ready(p: Problem) -> Factorization:
 
 def _blank(A: Any) -> Tensor:
     """A right-hand side without columns: it carries shape, dtype and device to the checks."""
-    shape = A.shape
+    shape: tuple[int, ...] = getattr(A, "shape", ())
+    if len(shape) < 2:
+        return torch.empty((0, 0))  # the checks say what A should be
     if isinstance(A, Tensor):
         like = A.detach()
     elif hasattr(A, "values") and isinstance(A.values, Tensor):
         like = A.values.detach()
     elif getattr(A, "params", ()):
-        like = A.params[0].detach()
+        floating = (p for p in A.params if p.is_floating_point() or p.is_complex())
+        like = next(floating, A.params[0]).detach()
     elif isinstance(getattr(A, "dtype", None), np.dtype):  # NumPy, scipy.sparse
         like = torch.from_numpy(np.empty(0, dtype=A.dtype))
     else:

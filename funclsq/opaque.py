@@ -27,7 +27,11 @@ from funclsq.raw import INFO, raw_solve
 
 __all__ = ["sddmm_op", "solve_op", "spmm_op"]
 
+_former = torch.ops.funclsq.__dict__.pop("library", None)
+if _former is not None:  # this module is loaded again
+    _former._destroy()
 _library = torch.library.Library("funclsq", "DEF")
+torch.ops.funclsq.__dict__["library"] = _library
 
 
 _OPERANDS = "Tensor? w, Tensor? d2, Tensor? c, Tensor? g, Tensor? gate, int plan"

@@ -311,7 +311,7 @@ def _fold(t: Tensor | None, batch: Any) -> Tensor | None:
     if t is None:
         return None
     t = t.expand(batch, *t.shape[-2:])
-    return t.movedim(0, 1).reshape(t.shape[1], -1)
+    return t.movedim(0, 1).flatten(1)
 
 
 def _check_finite(name: str, *tensors: Tensor | None) -> None:

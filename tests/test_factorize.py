@@ -266,3 +266,37 @@ def test_no_columns_for_a_batch_and_no_scalar():
     assert f.solve(torch.zeros(3, 5, 0, dtype=torch.float64)).shape == (3, 2, 0)
     with pytest.raises(ValueError, match="needs 5 rows"):
         f.solve(torch.tensor(1.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("wrong", [[1.0, 2.0], None, torch.ones(3), np.ones(3)], ids=repr)
+def test_what_is_no_matrix_is_told(wrong):
+    with pytest.raises((TypeError, ValueError), match=r"^factorize: "):
+        fl.factorize(wrong)
+
+
+def test_an_operator_with_a_parameter_of_integers_first():
+    A, shift = torch.rand(6, 3), torch.tensor([0])
+    op = fl.LinearOperator(
+        lambda p, v: p[1] @ v + p[0], (6, 3), (shift, A), rmatvec=lambda p, u: p[1].mH @ u + p[0]
+    )
+    b = torch.rand(6)
+    torch.testing.assert_close(fl.factorize(op).solve(b), fl.lstsq(A, b), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 2), (2, 3, 6, 2)])
+def test_a_batch_that_does_not_fit_is_told(shape):
+    f = fl.factorize(torch.rand(3, 6, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"needs leading dimensions \(3,\)"):
+        f.solve(torch.rand(shape, dtype=torch.float64))
+    assert f.solve(torch.rand(1, 6, 2, dtype=torch.float64)).shape == (3, 3, 2)
+
+
+@pytest.mark.parametrize(("m", "n"), [(0, 3), (3, 0)])
+@pytest.mark.parametrize("solver", ["auto", "qr", "svd", "lsmr", "cholesky"])
+def test_a_batch_of_b_with_one_empty_matrix(m, n, solver):
+    A = torch.zeros(m, n, dtype=torch.float64, requires_grad=True)
+    b = torch.ones(2, m, 1, dtype=torch.float64, requires_grad=True)
+    x = fl.lstsq(A, b, solver=solver)
+    assert x.shape == (2, n, 1) and not x.any()
+    bars = torch.autograd.grad(x.sum(), (A, b), allow_unused=True)
+    assert all(bar is None or not bar.any() for bar in bars)

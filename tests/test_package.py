@@ -71,3 +71,21 @@ def test_one_version():
 
 def test_types_are_shipped():
     assert (Path(funclsq.__file__).parent / "py.typed").is_file()
+
+
+def test_it_can_be_imported_again():
+    """As notebooks do that reload what was edited."""
+    code = (
+        "import importlib, sys, torch, funclsq\n"
+        "importlib.reload(funclsq.opaque)\n"
+        "for name in [n for n in sys.modules if n.split('.')[0] == 'funclsq']: "
+        "del sys.modules[name]\n"
+        "import funclsq as again\n"
+        "assert again is not funclsq\n"
+        "A, b = torch.eye(3, 2), torch.ones(3)\n"
+        "assert torch.equal(again.lstsq(A, b), torch.ones(2))\n"
+        "assert torch.equal(torch.func.vmap(again.lstsq, (None, 0))(A, b.expand(2, 3)), "
+        "torch.ones(2, 2))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
