@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from funclsq.methods import _core
+from funclsq.methods import _core, _nullspace
 from funclsq.methods._core import Core
+from funclsq.methods._normal import Normal
 from funclsq.operators import DenseOp, StackedOp
 from funclsq.solution import Status
 
@@ -149,16 +150,21 @@ def test_the_shift_is_sixteen_times_the_rounding_of_the_normal_matrix(sines):
 
 @pytest.mark.parametrize(
     ("damp", "angle", "needed"),
-    [(1e-3, 1.0, []), (1e-8, 1.0, ["smallest"]), (1e-8, 5.5e-6, ["largest", "smallest"])],
-    ids=["damping", "smallest", "both"],
+    [
+        (1e-3, 1.0, []),
+        (1e-8, 1.0, ["glimpse"]),
+        (1e-8, 3e-5, ["glimpse", "smallest"]),
+        (1e-8, 5.5e-6, ["glimpse", "largest", "smallest"]),
+    ],
+    ids=["damping", "glimpse", "smallest", "both"],
 )
 def test_the_condition_number_is_estimated_when_somebody_asks(damp, angle, needed, monkeypatch):
     """Damping says that it is small enough, or the smallest singular value, or the estimate."""
     asked = []
-    for name in ("smallest", "largest"):
+    for name in ("glimpse", "smallest", "largest"):
         estimate = getattr(_core, name)
         monkeypatch.setattr(
-            _core, name, lambda n, f=estimate, name=name: asked.append(name) or f(n)
+            _core, name, lambda *given, f=estimate, name=name: asked.append(name) or f(*given)
         )
     A = torch.randn(30, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     A[:, 1] = A[:, 0] + angle * A[:, 1]
@@ -172,7 +178,36 @@ def test_the_condition_number_is_estimated_when_somebody_asks(damp, angle, neede
     true = torch.linalg.cond(core.normal.B.dense())
     assert 0.7 * true <= core.cond <= 1.01 * true
     assert core.cond is core.cond
-    assert sorted(asked) == ["largest", "smallest"]
+    assert sorted(asked) == ["glimpse", "largest", "smallest"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("sigma", [1.0, 1e-3, 1e-6])
+def test_one_step_of_inverse_iteration_and_one_more(sigma, dtype):
+    """From above, and within what is derived for the start that there is."""
+    g = torch.Generator().manual_seed(5)
+    A = torch.randn(3, 30, 8, generator=g, dtype=dtype)
+    A[..., 1] = A[..., 0] + sigma * A[..., 1]
+    normal = Normal(DenseOp(A))
+    normal.factor()
+    true = torch.linalg.svdvals(normal.B.dense())
+    V = torch.linalg.svd(normal.B.dense())[2].mH
+    xi = (V.mH @ _nullspace._random(normal, 1)).abs().squeeze(-1) ** 2
+    v, seen = _nullspace.glimpse(normal)
+    for steps, estimate in ((1, seen), (2, _nullspace.smallest(normal, v))):
+        power = [(xi * true ** (k - 4 * steps)).sum(-1) for k in (2, 0)]
+        torch.testing.assert_close(estimate, (power[0] / power[1]).sqrt(), rtol=1e-3, atol=0)
+        R = xi[..., :-1].sum(-1) / xi[..., -1]
+        bound = (1 + R ** (1 / (4 * steps))) * true[..., -1]
+        assert bool(((true[..., -1] <= 1.001 * estimate) & (estimate <= bound)).all())
+
+
+def test_what_is_easy_at_a_glimpse_needs_a_margin_of_ten(monkeypatch):
+    monkeypatch.setattr(_core, "smallest", lambda *_: torch.tensor(0.0, dtype=torch.float64))
+    A = torch.eye(9, 4, dtype=torch.float64)
+    core = Core(DenseOp(A), 1e-14, None)
+    seen = 2 / float(core._begun()[1])  # n^(1/2) over the estimate
+    assert core._below(10.1 * seen) and not core._below(9.9 * seen)
 
 
 @pytest.mark.parametrize("below", [0.995, 1.005])

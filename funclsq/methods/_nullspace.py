@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Small", "largest", "qr", "small_directions", "smallest"]
+__all__ = ["Small", "glimpse", "largest", "qr", "small_directions", "smallest"]
 
 _FIRST = 8  # directions sought at least
 _STEPS = 12  # iterations at most with one block
@@ -54,9 +54,29 @@ def largest(normal, steps: int = 5) -> Tensor:
     return torch.linalg.vector_norm(normal.filled.mv(_unit(v)), dim=-2).squeeze(-1)
 
 
-def smallest(normal, steps: int = 2) -> Tensor:
-    """Estimate the smallest singular value of B from above by inverse iteration, () or (b,)."""
-    v = _random(normal, 1)
+def glimpse(normal) -> tuple[Tensor, Tensor]:
+    """One step of inverse iteration: its vector v, and the estimate that it gives, () or (b,).
+
+    With v = N^-1 u that is |B v| / |v| = (<u, v> / <v, v>)^(1/2), and takes no product with B.
+    """
+    u = _random(normal, 1)
+    v = normal.solve(u)
+    up, down = (torch.linalg.vecdot(t, v, dim=-2).real.squeeze(-1) for t in (u, v))
+    return v, torch.where(up > 0, up / down, 0).sqrt()
+
+
+def smallest(normal, v: Tensor, steps: int = 1) -> Tensor:
+    """Estimate the smallest singular value of B from above by inverse iteration, () or (b,).
+
+    ``v`` is the vector of a first step, from a random start with components xi along the singular
+    vectors. After p steps in all the square of the estimate is
+
+        sum xi^2 sigma^(2 - 4 p) / sum xi^2 sigma^(-4 p),
+
+    at its worst where all other sigma are R^(1 / 4 p) times the smallest, R = sum xi^2 over the
+    smallest's own: it is 2^(-1/2) R^(1 / 4 p) times too large then. For R = 1e8 that is 70 after
+    one step and 7 after two.
+    """
     for _ in range(steps):  # N is positive definite in its rounding: v grows by 1/eps or so
         v = normal.solve(v)
     return torch.linalg.vector_norm(normal.filled.mv(_unit(v)), dim=-2).squeeze(-1)
