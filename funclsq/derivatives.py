@@ -151,7 +151,7 @@ def _pull(plan, w, d2, c, g, gate, x, s, info, params, k, k_s, needs):
         d2_bar = reduce_batch(_damping_cotangent(plan, d2, g, x, s, z, _rows(w, az)), d2)
     params_bar: tuple[Tensor | None, ...] = (None,) * len(params)
     if any(need_params):
-        lefts, rights = [-_rows(w, s), -waz_k], [z, x]
+        lefts, rights = [_rows(w, s), waz_k], [-z, -x]  # these are the shorter ones, as a rule
         deficient = _deficiency(plan, info, gate)
         if deficient is not None:
             au = _image_of_inverse(plan, w, d2, x, deficient, params)
@@ -335,6 +335,13 @@ def _plus(a: Tensor, b: Tensor | None) -> Tensor:
 
 
 def _columns(blocks: list[Tensor]) -> Tensor:
-    """Blocks of columns side by side, shared ones repeated over the batch."""
+    """Blocks of columns side by side, shared ones repeated over the batch.
+
+    Single columns are stored one after the other, which are copied at a third of the time (and are
+    taken apart again without a copy).
+    """
     lead = broadcast_shapes(*(b.shape[:-2] for b in blocks))
-    return torch.cat([b.expand(*lead, *b.shape[-2:]) for b in blocks], -1)
+    blocks = [b.expand(*lead, *b.shape[-2:]) for b in blocks]
+    if all(b.shape[-1] == 1 for b in blocks):
+        return torch.cat([b.mT for b in blocks], -2).mT
+    return torch.cat(blocks, -1)

@@ -553,3 +553,13 @@ def test_no_call_works_out_a_signature(monkeypatch):
     assert len(asked) == 1  # what torch would call in every solve
     call()
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_single_columns_are_laid_one_after_the_other(lead):
+    """They are copied in one piece, and taken apart again without a copy."""
+    a, b = torch.randn(*lead, 5, 1), torch.randn(5, 1)
+    both = derivatives._columns([a, b])
+    assert torch.equal(both, torch.cat([a, b.expand_as(a)], -1)) and both.mT.is_contiguous()
+    wide = derivatives._columns([a, torch.randn(5, 2)])
+    assert wide.shape == (*lead, 5, 3) and wide.is_contiguous()
