@@ -155,10 +155,10 @@ class SparseOp:
     def scaled(self, row: Tensor | None = None, col: Tensor | None = None) -> SparseOp:
         """Return diag(row) A diag(col)."""
         values = self.csr_values
-        if row is not None:
-            values = values * spare.taken(row, self.pattern.tensor("csr_rows", self.device))
-        if col is not None:
-            values = values * spare.taken(col, self.pattern.tensor("indices", self.device))
+        for factors, index in ((row, "csr_rows"), (col, "indices")):
+            if factors is not None:
+                each = spare.taken(factors, self.pattern.tensor(index, self.device))
+                values = spare.product(values, each, each)
         return SparseOp(self.pattern, values)
 
     def column_norms(self) -> Tensor:
@@ -172,7 +172,7 @@ class SparseOp:
             if values.is_complex():
                 square = torch.view_as_real(values.resolve_conj()).square().sum(-1)
             else:
-                square = values * values
+                square = spare.product(values, values)
             least, largest = torch.aminmax(out.index_add_(-1, index, square))
             safe = torch.finfo(out.dtype).tiny ** 0.5
             if float(least) > safe and float(largest) < 1 / safe:  # then no square was lost

@@ -209,3 +209,25 @@ def test_dense_rows_that_outweigh_the_rest_take_a_shift():
         normal.factor()
     normal.factor(1e-14)
     assert normal.positive()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_small_batch_is_factored_where_it_lies_and_formed_again_for_another_shift(dtype):
+    op, A = _banded(40, (3,), dtype)
+    normal = Normal(op)
+    B = A * normal.scale.numpy()[..., None, :]
+    N = _adjoint(B) @ B
+    q = _draw(5, 3, 40, 2, dtype=dtype)
+    for shift in (0.0, 0.0, 0.3, 0.3, 0.0):
+        normal.factor(shift)
+        x = normal.solve(torch.from_numpy(q)).numpy()
+        np.testing.assert_allclose(x, np.linalg.solve(N + shift * np.eye(40), q))
+        assert (normal._values is None) == (shift == 0)
+    fresh = Normal(op)
+    where = fresh._values.data_ptr()
+    fresh.factor()
+    assert fresh._factor._L.data_ptr() == where
+    for other in (DenseOp(torch.from_numpy(A)), _banded(40, (), dtype)[0]):
+        kept = Normal(other)
+        kept.factor()
+        assert kept._values is not None

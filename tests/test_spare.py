@@ -133,3 +133,35 @@ def test_what_is_taken_from_a_batch_lies_in_memory_that_was_used(monkeypatch):
     got = spare.taken(t, index)
     assert got.data_ptr() == where
     assert torch.equal(got, t[:, [4, 4, 0, 1]])
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+@pytest.mark.parametrize("kinds", [(float, float), (complex, float), (float, complex)])
+def test_a_product_lies_in_memory_that_is_its_own_or_offered(kinds, lead):
+    dtypes = [torch.float64 if kind is float else torch.complex128 for kind in kinds]
+    a, b = (torch.randn(*lead, 20_000, dtype=dtype) for dtype in dtypes)
+    expected = a * b
+    first = spare.product(a, b)
+    assert torch.equal(first, expected) and first.dtype == expected.dtype
+    assert first.data_ptr() not in (a.data_ptr(), b.data_ptr())
+    where = first.data_ptr()
+    del first
+    assert spare.product(a, b).data_ptr() == where
+    offered = b.clone()
+    into = spare.product(a, b, offered)
+    assert torch.equal(into, expected)
+    assert (into.data_ptr() == offered.data_ptr()) == (expected.dtype == b.dtype)
+    wider = spare.product(a.unsqueeze(0).expand(2, *a.shape), b, offered)
+    assert torch.equal(wider, expected.expand(2, *a.shape))
+    loose = a.clone().requires_grad_()
+    assert spare.product(loose, b).requires_grad and spare.product(b, loose).requires_grad
+
+
+def test_entries_are_taken_into_memory_that_was_used_before():
+    t, index = torch.randn(100, dtype=torch.float64), torch.randint(100, (20_000,))
+    first = spare.taken(t, index)
+    assert torch.equal(first, t[index])
+    where = first.data_ptr()
+    del first
+    assert spare.taken(t + 1, index).data_ptr() == where
+    assert spare.taken(t.clone().requires_grad_(), index).requires_grad

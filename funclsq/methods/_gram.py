@@ -63,7 +63,7 @@ class Gram:
         self.diagonal = np.flatnonzero(self.rows == self.indices)
         counts = np.diff(pattern.indptr).astype(np.int64)
         self.pairs = int((counts * (counts + 1) // 2).sum())
-        self._lists: dict[bool, Pairs] = {}
+        self._lists: dict[tuple[bool, bool], Pairs] = {}
 
     @property
     def n(self) -> int:
@@ -94,19 +94,24 @@ class Gram:
         return out
 
     def written_out(self, v: np.ndarray) -> Tensor:
-        """N of a batch as (b, n, n), stored by columns; their lower triangles hold it."""
+        """N of a batch as (b, n, n), stored by columns; their lower triangles hold it.
+
+        Without its diagonal, the squares of the lengths of columns, which are known as a rule (a
+        third of the products with five entries in a row).
+        """
         n = self.n
         out = spare.empty((v.shape[0], n * n), torch.from_numpy(v).dtype)
         place = self.indices * np.int64(n) + self.rows
         if self.pairs <= MAX_PAIRS:
-            listed = self._listed(by_sums=True)
+            listed = self._listed(by_sums=True, diagonal=False)
             source = np.full(n * n, listed.lower.size)  # a zero after the sums, where none belongs
             source[place[listed.lower]] = np.arange(listed.lower.size)
             for members, sums in listed.many(v):
-                part = np.pad(sums, ((0, 0), (0, 1)))
+                part = np.zeros((sums.shape[0], sums.shape[1] + 1), dtype=sums.dtype)
+                part[:, :-1] = sums
                 np.take(part, source, -1, out.numpy()[members], mode="clip")
         else:
-            lower = np.flatnonzero(self.rows >= self.indices)
+            lower = np.flatnonzero(self.rows > self.indices)
             out.zero_().numpy()[:, place[lower]] = self.values(v)[:, lower]
         return out.view(v.shape[0], n, n).mT
 
@@ -127,12 +132,12 @@ class Gram:
         full[self._holes] = out
         return full
 
-    def _listed(self, by_sums: bool) -> Pairs:
+    def _listed(self, by_sums: bool, diagonal: bool = True) -> Pairs:
+        key = (by_sums, diagonal)
         with self.pattern.lock:
-            found = self._lists.get(by_sums)
+            found = self._lists.get(key)
             if found is None:
-                found = Pairs(self.pattern, self.rows, self.indices, by_sums)
-                self._lists[by_sums] = found
+                found = self._lists[key] = Pairs(self.pattern, self.rows, self.indices, *key)
             return found
 
 

@@ -61,6 +61,7 @@ class Normal:
         exponent = torch.frexp(torch.where(self.zero, 1, norms))[1]
         scale = torch.ldexp(torch.ones_like(norms), (-exponent).clamp(-1000, 1000))
         self.scale = torch.where(self.zero & (norms > 0), 0, scale)
+        self._lengths = torch.where(self.zero, 1, norms * scale)  # of the columns as N has them
         self.B = B.scaled(col=self.scale)
         # with a unit in each zero column, as N has it: nothing is null but what is truly so
         self.holes = bool(self.zero.any())
@@ -79,6 +80,7 @@ class Normal:
         if isinstance(op, StackedOp):
             op, damp = op.op, op.damp
         self._gram: Gram | None = None
+        self._again = False  # N is cheap: it is factored where it lies, and formed again if needed
         self._rows: Tensor | None = None  # the dense rows, kept out of N
         self._border: Border | None = None
         if isinstance(op, SparseOp):
@@ -97,6 +99,9 @@ class Normal:
                 N = full_square(op.pattern, v)
             else:
                 N = gram_of(op.pattern).written_out(v)
+                N.diagonal(dim1=-2, dim2=-1).copy_(self._lengths.square())
+                self._values, self._again = N, True
+                return
         else:
             A = op.dense()
             N = (A.mT @ A.conj()).mT  # A^H A, stored by columns
@@ -115,11 +120,15 @@ class Normal:
         """
         self.shift = shift
         single &= self.batch is None and self.n >= dense.SINGLE_ORDER
+        if self._values is None:
+            self._form()
         if self._gram is None:
             N = self._values
             if shift:
                 N = N + shift * torch.eye(self.n, dtype=N.dtype)
-            self._factor: Any = dense.factor(N, single)
+            elif self._again:
+                self._values = None
+            self._factor: Any = dense.factor(N, single, self._values is None)
             return
         values = self._values
         if shift:

@@ -35,6 +35,8 @@ class Pairs:
         Rows and columns of the entries of N, both triangles, sorted by rows.
     by_sums : bool
         Sort the pairs for :meth:`many` (else they are for :meth:`one`).
+    diagonal : bool
+        Whether sums on the diagonal of N are wanted, too.
 
     Attributes
     ----------
@@ -43,10 +45,15 @@ class Pairs:
     """
 
     def __init__(
-        self, pattern: SparsityPattern, rows: np.ndarray, indices: np.ndarray, by_sums: bool
+        self,
+        pattern: SparsityPattern,
+        rows: np.ndarray,
+        indices: np.ndarray,
+        by_sums: bool,
+        diagonal: bool = True,
     ) -> None:
         n = pattern.shape[1]
-        p, q = in_rows(pattern.indptr)
+        p, q = in_rows(pattern.indptr, diagonal)
         i, j = pattern.indices[p], pattern.indices[q]  # i >= j: columns rise within a row
         order = _sort_by(i, j, n)
         i, j = i[order], j[order]
@@ -135,12 +142,12 @@ def add_up(
         np.add.at(out, at[part], products)
 
 
-def in_rows(indptr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All (p, q) with p >= q in the same row, rows of one length at a time."""
+def in_rows(indptr: np.ndarray, diagonal: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """All (p, q) with p >= q in the same row (p > q without ``diagonal``), by length of rows."""
     counts = np.diff(indptr)
     left, right = [], []
     for length in np.unique(counts):
-        i, j = np.tril_indices(length)
+        i, j = np.tril_indices(length, 0 if diagonal else -1)
         starts = indptr[:-1][counts == length][:, None]
         left.append((starts + i.astype(indptr.dtype)).reshape(-1))
         right.append((starts + j.astype(indptr.dtype)).reshape(-1))
