@@ -33,7 +33,7 @@ def compare_batches(count: int, repetitions: int) -> list[dict[str, Any]]:
         return x.detach(), *torch.autograd.grad(x, inputs, x_bar)
 
     def batch(data):
-        values, b, x_bar = (t.clone().requires_grad_() for t in data)
+        values, b, x_bar = (t.detach().requires_grad_() for t in data)
         x = fl.lstsq(fl.Sparse(S, values), b.unsqueeze(-1)).squeeze(-1)
         return gradient(x, (values, b), x_bar.detach())
 
@@ -41,13 +41,13 @@ def compare_batches(count: int, repetitions: int) -> list[dict[str, Any]]:
         return fl.lstsq(fl.Sparse(S, values), b)
 
     def vmapped(data):
-        values, b, x_bar = (t.clone().requires_grad_() for t in data)
+        values, b, x_bar = (t.detach().requires_grad_() for t in data)
         return gradient(torch.func.vmap(one)(values, b), (values, b), x_bar.detach())
 
     def loop(data):
         out = []
         for values, b, x_bar in zip(*(t[:LOOPED] for t in data)):
-            values, b = values.clone().requires_grad_(), b.clone().requires_grad_()
+            values, b = values.detach().requires_grad_(), b.detach().requires_grad_()
             out.append(gradient(one(values, b), (values, b), x_bar))
         return tuple(torch.stack(parts) for parts in zip(*out))
 
@@ -55,7 +55,7 @@ def compare_batches(count: int, repetitions: int) -> list[dict[str, Any]]:
         values, b, x_bar = data
         A = torch.zeros((count, m, n), dtype=torch.float64)
         A[:, row, col] = values
-        return A.requires_grad_(), b.clone().unsqueeze(-1).requires_grad_(), x_bar.unsqueeze(-1)
+        return A.requires_grad_(), b.detach().unsqueeze(-1).requires_grad_(), x_bar.unsqueeze(-1)
 
     def sampled(x, A, b, x_bar):
         x, A_bar, b_bar = gradient(x, (A, b), x_bar)
