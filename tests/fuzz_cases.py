@@ -90,7 +90,7 @@ class Case:
 
         return dataclasses.replace(
             self,
-            solver="auto" if self.solver == "cholesky" else self.solver,
+            solver=self.solver,
             layout="csr" if self.layout == "scipy" else self.layout,
             **{name: there(getattr(self, name)) for name in ("A", "b", "damp", "weights", "x0")},
         )

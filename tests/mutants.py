@@ -110,8 +110,8 @@ AREAS = {
         ),
     ),
     "gram": Area(
-        {"methods._gram": (), "methods._pairs": ()},
-        ("test_gram.py", "test_single_factor.py", "test_dense_rows.py"),
+        {"methods._gram": (), "methods._pairs": (), "methods._device_gram": ()},
+        ("test_gram.py", "test_single_factor.py", "test_dense_rows.py", "test_cudss.py"),
     ),
     "structure": Area(
         {"pattern": (), "products": (), "entries": (), "operators": (), "sparse": ()},

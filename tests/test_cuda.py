@@ -7,6 +7,8 @@ import torch
 from devices import DEVICE, waits
 
 import funclsq as fl
+from funclsq.backends import registry
+from funclsq.methods import _normal
 
 pytestmark = pytest.mark.cuda
 
@@ -47,7 +49,7 @@ def assert_same(pair, tolerance):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-@pytest.mark.parametrize("solver", ["auto", "qr", "svd", "lsmr", "lsqr", "cgls"])
+@pytest.mark.parametrize("solver", ["auto", "cholesky", "qr", "svd", "lsmr", "lsqr", "cgls"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_same_as_cpu(kind, shape, solver, dtype):
@@ -75,7 +77,7 @@ def test_same_as_cpu(kind, shape, solver, dtype):
         assert_same(both(fixed_rank, A.flatten(), b), 1e-9)
 
 
-@pytest.mark.parametrize("solver", ["auto", "qr", "lsmr"])
+@pytest.mark.parametrize("solver", ["auto", "cholesky", "qr", "lsmr"])
 def test_damped_weighted(solver):
     A, b = problem("tall", torch.float64)
     w = torch.linspace(0, 1, A.shape[0], dtype=torch.float64)
@@ -197,6 +199,22 @@ WHOLE = {  # name: what is done with A and b, and whatever else is made
         fl.nn.Objective(fl.nn.LeastSquares(A.detach(), b.detach(), damp=0.1), b[:12] * 0),
         {"problem.A": A, "problem.b": b},
     ),
+    "factor once, cholesky": lambda A, b: fl.factorize(sparse(A, A), solver="cholesky").solve(b),
+    "cholesky of a sparse batch": lambda A, b: torch.func.vmap(
+        lambda v, c: fl.lstsq(sparse(v, A), c, solver="cholesky")
+    )(torch.stack((A.flatten(), 2 * A.flatten())), torch.stack((b, -b))),
+    "cholesky of a batch": lambda A, b: fl.lstsq(
+        torch.stack((A, A + 0.1)), torch.stack((b, -b)), solver="cholesky"
+    ),
+    "cholesky of few rows, damped": lambda A, b: fl.lstsq(
+        sparse(A.mT, A.mT), b[:12], damp=0.3, solver="cholesky"
+    ),
+    "cholesky of a sparse batch, damped": lambda A, b: torch.func.vmap(
+        lambda v, c, d: fl.lstsq(sparse(v, A), c, damp=d, solver="cholesky")
+    )(torch.stack((A.flatten(), 2 * A.flatten())), torch.stack((b, -b)), given(2).to(b.device)),
+    "cholesky of dependent columns": lambda A, b: fl.lstsq(
+        sparse(torch.cat((A, A), 1), torch.cat((A, A), 1)), b, solver="cholesky"
+    ),
     "products": lambda A, b: sparse(A, A) @ (sparse(A, A).H @ b),
     "torchsparsegradutils' function": lambda A, b: fl.compat.sparse_generic_lstsq(
         A.to_sparse_csr(), b
@@ -250,16 +268,35 @@ def test_what_is_not_finite_is_told():
     wrong[3, 1] = torch.nan
     with pytest.raises(ValueError, match="finite"):
         fl.lstsq(A, wrong)
-    for solver in ("qr", "svd", "lsmr", "lsqr", "cgls"):
+    for solver in ("cholesky", "qr", "svd", "lsmr", "lsqr", "cgls"):
         sol = fl.solve(A, wrong, solver=solver, check_finite=False, on_failure="ignore")
         assert [fl.Status(int(s)).name == "NONFINITE" for s in sol.status] == [False, True, False]
         assert torch.isfinite(sol.x[:, [0, 2]]).all()
 
 
-def test_cholesky_says_that_it_is_for_the_cpu():
-    A, b = problem("tall", torch.float64)
-    with pytest.raises((ValueError, NotImplementedError), match="CPU"):
-        fl.lstsq(A.to(DEVICE), b.to(DEVICE), solver="cholesky")
+@pytest.fixture
+def without_cudss(monkeypatch):
+    monkeypatch.setattr(registry, "_cudss", lambda device: ImportError("no such library"))
+
+
+def banded(n, device, size=3.0):
+    """A sparse matrix with a sparse normal matrix, and b."""
+    A = torch.eye(n, dtype=torch.float64) * size + torch.diag(torch.ones(n - 1).double(), -1)
+    pattern = fl.SparsityPattern(*A.nonzero().T, (n, n))
+    return fl.Sparse(pattern, A[A != 0].to(device)), torch.ones(n, 2, device=device).double()
+
+
+def test_a_sparse_factor_on_a_device_needs_cudss(monkeypatch, without_cudss):
+    A, b = banded(90, DEVICE)
+    x = fl.lstsq(A, b, solver="cholesky")  # written out
+    monkeypatch.setattr(_normal, "DENSE_ORDER", 89)
+    other, _ = banded(90, DEVICE, 4.0)
+    for options in ({}, {"backend": "auto"}, {"backend": "cudss"}):
+        with pytest.raises(ValueError, match=r"order 90 on .* is factored by cuDSS.*lsmr"):
+            fl.lstsq(other, b, solver="cholesky", **options)
+    with pytest.raises(ValueError, match=r"'rslab' is for the CPU; got a matrix on"):
+        fl.lstsq(other, b, solver="cholesky", backend="rslab")
+    assert_same([[fl.lstsq(A, b, solver="lsmr").cpu()], [x.cpu()]], 1e-10)
 
 
 def test_operands_on_two_devices_are_refused():
@@ -279,7 +316,7 @@ def test_a_solution_prints_itself():
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
-@pytest.mark.parametrize("solver", ["auto", "qr", "svd", "lsmr", "lsqr", "cgls"])
+@pytest.mark.parametrize("solver", ["auto", "cholesky", "qr", "svd", "lsmr", "lsqr", "cgls"])
 def test_the_host_waits_seldom_and_moves_little(solver, kind):
     """Numbers of each column, and none of A, b or x; a look every eight steps."""
     g = torch.Generator().manual_seed(0)

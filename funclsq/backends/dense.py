@@ -95,15 +95,22 @@ def factor(N: Tensor, single: bool = False, in_place: bool = False) -> _Factor:
         If any member has a pivot that is not positive.
     """
     if single:
-        L = spare.empty(N.shape, _SINGLE[N.dtype]).mT.copy_(N)
+        L = _room(N, _SINGLE[N.dtype]).copy_(N)
         with contextlib.suppress(NotPositive):
             return _factor(L, L)
-    return _factor(N, N if in_place else spare.empty(N.shape, N.dtype).mT)
+    return _factor(N, N if in_place else _room(N, N.dtype))
+
+
+def _room(N: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for a factor, by columns as LAPACK wants it; used before, on the CPU."""
+    if N.device.type == "cpu":
+        return spare.empty(N.shape, dtype).mT
+    return torch.empty(N.shape, dtype=dtype, device=N.device).mT
 
 
 def _factor(N: Tensor, L: Tensor) -> _Factor:
     """Factor N into L, stored by columns as LAPACK wants it; both may be one."""
-    info = torch.empty(N.shape[:-2], dtype=torch.int32)
+    info = torch.empty(N.shape[:-2], dtype=torch.int32, device=N.device)
     L, _ = torch.linalg.cholesky_ex(N, out=(L, info))
     if bool((info != 0).any()):
         raise NotPositive("a pivot is not positive")

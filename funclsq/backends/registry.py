@@ -12,7 +12,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["ORDER", "Backend", "Factor", "NotPositive", "Symbolic", "available", "backend"]
+__all__ = [
+    "ORDER",
+    "Backend",
+    "Factor",
+    "NotPositive",
+    "Symbolic",
+    "available",
+    "backend",
+    "cudss_analysis",
+    "device_backend",
+]
 
 ORDER = ("rslab", "superlu", "cholmod", "pardiso")  # what "auto" tries, in this order
 
@@ -105,6 +115,11 @@ def backend(name: str | None, dtype: str = "float64") -> Backend:
     if name is None or name == "auto":
         found = (_load(n) for n in ORDER)
         return next(b for b in found if b is not None and dtype in b.DTYPES)
+    if name == "cudss":
+        raise ValueError(
+            "backend 'cudss' is for matrices on a CUDA device; this one is on the CPU. Leave "
+            f"backend out, or use one of {available()}."
+        )
     if name not in _MODULES:
         raise ValueError(f"backend must be one of {sorted(_MODULES)} or None; got {name!r}.")
     module = _load(name)
@@ -121,3 +136,46 @@ def backend(name: str | None, dtype: str = "float64") -> Backend:
             "Use backend='superlu'."
         )
     return module
+
+
+@functools.cache
+def _cudss(device: str) -> Any:
+    """The module of the cuDSS backend, or what was raised in importing it."""
+    if device != "cuda":
+        return ImportError(f"it is not for {device}")
+    try:
+        return importlib.import_module("funclsq.backends.cudss")
+    except Exception as error:  # absent, older, or without its library
+        return error
+
+
+def device_backend(name: str | None, device: Any, n: int, most: int) -> str | None:
+    """The backend for a sparse normal matrix of order n on a device; None: write it out.
+
+    It is written out where cuDSS is missing and n is at most ``most``.
+
+    Raises
+    ------
+    ValueError
+        If the backend named is not for devices, or what is needed is not installed.
+    """
+    if name not in (None, "auto", "cudss"):
+        raise ValueError(
+            f"backend {name!r} is for the CPU; got a matrix on {device}. Leave backend out, or use "
+            "backend='cudss'."
+        )
+    found = _cudss(device.type)
+    if not isinstance(found, Exception):
+        return found.NAME
+    if name in (None, "auto") and n <= most:
+        return None
+    raise ValueError(
+        f"cholesky: a sparse normal matrix of order {n} on {device} is factored by cuDSS, which "
+        f"cannot be used here ({found}). Install nvmath-python (funclsq[cudss]), use "
+        "solver='lsmr', or move A and b with .cpu()."
+    ) from found
+
+
+def cudss_analysis(indptr: Any, indices: Any, batch: int | None, dtype: Any, device: Any) -> Any:
+    """See ``cudss.analyze``."""
+    return _cudss(device.type).analyze(indptr, indices, batch, dtype, device)

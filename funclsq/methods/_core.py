@@ -104,7 +104,7 @@ class Core:
         if self.normal.cond_bound < most:
             return True
         longest = math.sqrt(self.normal.n)
-        if longest < most / MARGIN and bool((longest / self._begun()[1] < most / MARGIN).all()):
+        if longest < most and bool((longest / self._begun()[1] < most / MARGIN).all()):
             return True
         if bool((longest / self._smallest() < most).all()):
             return True

@@ -39,7 +39,7 @@ class Dual:
 
     def __init__(self, op: Operator, damp: Tensor, rcond: float, backend: str | None) -> None:
         self._op, self._damp = op, damp.unsqueeze(-1)
-        ones = torch.ones((*damp.shape[:-1], op.shape[0]), dtype=damp.dtype)
+        ones = damp.new_ones((*damp.shape[:-1], op.shape[0]))
         self.core = Core(StackedOp(flipped(op.scaled(col=1 / damp)), ones), rcond, backend, True)
 
     def solve(self, c: Tensor | None, g: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

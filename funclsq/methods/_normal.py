@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from funclsq import spare
-from funclsq.backends import NotPositive, dense
+from funclsq.backends import NotPositive, dense, device_backend
 from funclsq.methods._dense_rows import Border, dense_rows, sparse_part
+from funclsq.methods._device_gram import Full, Upper, sums_of
 from funclsq.methods._gram import Gram, estimate, full_square, gram_of
 from funclsq.methods._layout import factored
 from funclsq.operators import DenseOp, Operator, SparseOp, StackedOp
@@ -81,12 +82,16 @@ class Normal:
             op, damp = op.op, op.damp
         self._gram: Gram | None = None
         self._again = False  # N is cheap: it is factored where it lies, and formed again if needed
+        self._upper: Upper | None = None  # of a sparse N on a device
         self._rows: Tensor | None = None  # the dense rows, kept out of N
         self._border: Border | None = None
         if isinstance(op, SparseOp):
-            v = op.csr_values.numpy()
             small = self.batch is not None and self.n <= SMALL_ORDER
             full = self.n <= DENSE_ORDER and estimate(op.pattern)[1] > DENSE_FILL
+            if _elsewhere(op):
+                self._form_there(op, self._extra(damp), small or full)
+                return
+            v = op.csr_values.numpy()
             if not (small or full):
                 apart = dense_rows(op.pattern)
                 if apart is not None:
@@ -108,6 +113,17 @@ class Normal:
         N.diagonal(dim1=-2, dim2=-1).add_(self._extra(damp))
         self._values = N
 
+    def _form_there(self, op: SparseOp, extra: Tensor, full: bool) -> None:
+        """The same on a device: sparse where cuDSS factors it, else written out."""
+        v = op.csr_values
+        if not full and device_backend(self._name, op.device, self.n, DENSE_ORDER) is not None:
+            self._upper = sums_of(Upper, op.pattern, op.device)
+            self._values = self._upper.triangle(v, extra)
+            return
+        N = sums_of(Full, op.pattern, op.device).matrix(v)
+        N.diagonal(dim1=-2, dim2=-1).add_(extra)
+        self._values = N
+
     def _extra(self, damp: Tensor | None) -> Tensor:
         """What comes on the diagonal: damping, and 1 for zero columns."""
         ones = self.zero.to(self.B.dtype)
@@ -122,13 +138,17 @@ class Normal:
         single &= self.batch is None and self.n >= dense.SINGLE_ORDER
         if self._values is None:
             self._form()
+        if self._upper is not None:
+            self._factor: Any = self._upper.factored(self._values, shift)
+            return
         if self._gram is None:
             N = self._values
+            single &= N.device.type == "cpu"
             if shift:
-                N = N + shift * torch.eye(self.n, dtype=N.dtype)
+                N = N + shift * torch.eye(self.n, dtype=N.dtype, device=N.device)
             elif self._again:
                 self._values = None
-            self._factor: Any = dense.factor(N, single, self._values is None)
+            self._factor = dense.factor(N, single, self._values is None)
             return
         values = self._values
         if shift:
@@ -207,6 +227,11 @@ class Normal:
         flat = q.reshape(-1, q.shape[-1]).numpy()
         x = self._factor.solve(flat)
         return torch.from_numpy(np.ascontiguousarray(x)).view(q.shape)
+
+
+def _elsewhere(op: Operator) -> bool:
+    """Whether the numbers of op are not on the CPU."""
+    return op.device.type != "cpu"
 
 
 def _blanked(op: Operator, broken: Tensor) -> Operator:

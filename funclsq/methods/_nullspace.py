@@ -38,7 +38,7 @@ def _random(normal, k: int, seed: int = 0) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     # normally distributed numbers take three times as long, and serve no better
     V = torch.rand((normal.n, k), generator=draw, dtype=torch.float64).sub_(0.5)
-    return V.to(normal.B.dtype).expand(*lead, normal.n, k)
+    return V.to(normal.B.device, normal.B.dtype).expand(*lead, normal.n, k)
 
 
 def _unit(V: Tensor) -> Tensor:
@@ -111,7 +111,8 @@ def small_directions(normal, limit: Tensor, floor: Tensor, most: int) -> Small:
         grown = min(2 * p, most)
         if grown == normal.n:
             p = grown
-            V, sigma = _ritz(B, torch.eye(p, dtype=V.dtype).expand(*V.shape[:-1], p))
+            whole = torch.eye(p, dtype=V.dtype, device=V.device).expand(*V.shape[:-1], p)
+            V, sigma = _ritz(B, whole)
             break
         extra = normal.solve(_random(normal, grown - p, seed=3 + grown))
         V = qr(torch.cat((V, extra), -1))[0]

@@ -145,7 +145,7 @@ def _iterate(B, rough, residual, step, start, energy, goal, image=False):
         take = ~done & still & np.isfinite(new_plain)
         if take.any():
             new = step(x, dx)
-            x = new if take.all() else torch.where(torch.from_numpy(take).unsqueeze(-2), new, x)
+            x = new if take.all() else torch.where(_like(take, x).unsqueeze(-2), new, x)
         steps[take] = number
         best = np.where(done, best, np.fmin(best, relative))
         # what the next correction would bring, by the rates seen
@@ -159,18 +159,23 @@ def _iterate(B, rough, residual, step, start, energy, goal, image=False):
     accepted = (fast & (best < _SURE)) | (best == 0) | (first == 0)
     status = np.where(accepted, np.int64(Status.DIRECT), np.int64(Status.INACCURATE))
     if not finite(x):
-        status[~torch.isfinite(x).all(-2).numpy()] = int(Status.NONFINITE)
-    return x, torch.from_numpy(status), torch.from_numpy(steps)
+        status[~torch.isfinite(x).all(-2).cpu().numpy()] = int(Status.NONFINITE)
+    return x, _like(status, x), _like(steps, x)
+
+
+def _like(numbers: np.ndarray, x: Tensor) -> Tensor:
+    """Numbers of each column, where x lies."""
+    return torch.from_numpy(numbers).to(x.device)
 
 
 def _norms(v: Tensor) -> np.ndarray:
     """The norm of each column."""
-    return column_norms(v).numpy()
+    return column_norms(v).cpu().numpy()
 
 
 def _power(dx: Tensor, q: Tensor) -> np.ndarray:
     """|B dx| where dx = (B^H B)^-1 q."""
-    return np.sqrt(np.maximum(torch.linalg.vecdot(dx, q, dim=-2).real.numpy(), 0))
+    return np.sqrt(np.maximum(torch.linalg.vecdot(dx, q, dim=-2).real.cpu().numpy(), 0))
 
 
 def _conjugate_gradients(B: Operator, rough: Rough, q: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def prepare(
     Parameters
     ----------
     op : Operator, (m, n) or a batch
-        Sparse or dense, on the CPU.
+        Sparse or dense.
     damp : Tensor or None, (n,) or (b, n), real, >= 0
         Diagonal damping.
     options : Options
@@ -66,15 +66,10 @@ def prepare(
     Raises
     ------
     ValueError
-        If op is not on the CPU, or is matrix-free.
+        If op is matrix-free, or nothing at hand factors its normal matrix where it lies.
     NeedsDense
         If the null space is too large for the sparse method.
     """
-    if op.device.type != "cpu":
-        raise ValueError(
-            f"cholesky: A must be on the CPU; got {op.device}. Use solver='lsmr' there, or move "
-            "A and b with .cpu()."
-        )
     if not hasattr(op, "dense"):
         raise ValueError(
             "cholesky: needs the entries of A, and a LinearOperator has none. Use solver='lsmr'."
