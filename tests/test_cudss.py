@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import inspect
 import sys
 import types
 
@@ -261,3 +262,22 @@ def test_columns_without_entries_have_a_diagonal():
     assert upper.indptr.tolist() == [0, 2, 3, 4, 5]
     assert upper.indices.tolist() == [0, 2, 1, 2, 3]
     assert triangle.tolist() == [6.0, 6.0, 1.0, 10.0, 1.0]
+
+
+def test_the_stand_in_has_the_signatures_of_the_binding():
+    real = pytest.importorskip("nvmath.bindings.cudss")
+    for name, function in vars(Binding).items():
+        if name.startswith("_") or not callable(function) or isinstance(function, type):
+            continue
+        told = getattr(real, name).__doc__.splitlines()[0]  # name(type argument, ...) -> type
+        inside = told[told.index("(") + 1 : told.index(")")]
+        theirs = [part.split()[-1] for part in inside.split(", ") if part]
+        assert list(inspect.signature(function).parameters)[1:] == theirs, told
+    for name in ("MatrixType", "MatrixViewType", "IndexBase", "Layout", "Phase", "DataParam"):
+        for member in getattr(Binding, name):
+            assert int(getattr(real, name)[member.name]) == int(member), member
+    for name in ("R_64F", "C_64F", "R_32I"):
+        assert name in real.DataType.__members__
+    assert real.get_config_param_dtype(real.ConfigParam.PIVOT_EPSILON) is np.float64
+    assert real.get_data_param_dtype(real.DataParam.INFO) is np.int32
+    assert real.get_data_param_dtype(real.DataParam.LU_NNZ) is np.int64
