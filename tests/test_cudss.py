@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fake_cudss import Binding
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import funclsq as fl
 from funclsq import raw
@@ -212,6 +213,24 @@ def test_new_values_keep_the_analysis(elsewhere):
     assert elsewhere.binding.log.count("FACTORIZATION") == 3
 
 
+def test_the_last_four_analyses_are_kept(cudss, monkeypatch):
+    monkeypatch.setattr(registry, "_cudss", lambda device: cudss)
+    pattern, values, _ = sparse_problem("tall", torch.float64)
+    upper = Upper(pattern, torch.device("cpu"))
+    v = entries_to_csr(pattern, values)
+
+    def factor(count):
+        many = upper.triangle(v.expand(count, -1), torch.ones(30, dtype=torch.float64))
+        return upper.factored(many, 0.5)._symbolic
+
+    made = [factor(count) for count in (1, 2, 3, 4)]
+    assert factor(1) is made[0]
+    factor(5)  # in the place of that for 2
+    assert [factor(count) is made[count - 1] for count in (1, 3, 4)] == [True] * 3
+    assert len(upper._analyses) == 4
+    assert factor(2) is not made[1]
+
+
 def test_written_out_where_it_is_dense_or_small(elsewhere, monkeypatch):
     pattern, values, b = sparse_problem("tall", torch.float64)
     monkeypatch.setattr(_normal, "DENSE_FILL", 0.0)
@@ -229,25 +248,41 @@ def test_on_the_cpu_it_is_refused():
         fl.lstsq(fl.Sparse(pattern, values), b, solver="cholesky", backend="cudss")
 
 
+class _Additions(TorchDispatchMode):
+    """How many products each addition of products has, of one member."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._opname == "index_add_":
+            self.sizes.append(args[2].numel())
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lead", [(), (3,)])
 @pytest.mark.parametrize("at_once", [1, 7, 1 << 24])
 def test_sums_of_pairs(at_once, lead, dtype, monkeypatch):
     monkeypatch.setattr(_device_gram, "_AT_ONCE", at_once)
-    pattern, values, _ = sparse_problem("tall", dtype, lead)
+    n = 220
+    pattern, values, _ = sparse_problem("tall", dtype, lead, n)
     B = fl.Sparse(pattern, values).to_dense()
     N, cpu = B.mH @ B, torch.device("cpu")
     full = sums_of(Full, pattern, cpu)
     assert sums_of(Full, pattern, cpu) is full
     v = entries_to_csr(pattern, values)
-    written = full.matrix(v)
+    with _Additions() as seen:
+        written = full.matrix(v)
+    assert seen.sizes[0] == min(max(1, at_once // (3 if lead else 1)), sum(seen.sizes))
     assert written.stride(-2) == 1
     torch.testing.assert_close(torch.tril(written), torch.tril(N))
     upper = sums_of(Upper, pattern, cpu)
     assert upper is not full
-    extra = torch.arange(30, dtype=torch.float64).to(dtype)
+    extra = torch.arange(n, dtype=torch.float64).to(dtype)
     triangle = upper.triangle(v, extra)
-    rows = np.repeat(np.arange(30), np.diff(upper.indptr))
+    rows = np.repeat(np.arange(n), np.diff(upper.indptr))
     rebuilt = torch.zeros_like(N)
     rebuilt[..., rows, upper.indices] = triangle
     torch.testing.assert_close(rebuilt, torch.triu(N + torch.diag(extra)))
