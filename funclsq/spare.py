@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from funclsq.shapes import broadcast_shapes
+
 __all__ = ["clear", "copied", "empty", "is_large", "product", "taken"]
 
 _LARGE = 1 << 22  # bytes from which it is worth it
@@ -67,10 +69,10 @@ def taken(t: Tensor, index: Tensor) -> Tensor:
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """Multiply plain tensors entry by entry, into ``out`` if that has the size and type for it."""
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    shape = torch.broadcast_shapes(a.shape, b.shape)
     if a.device.type != "cpu" or a.requires_grad or b.requires_grad:
         return a * b
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    shape = a.shape if a.shape == b.shape else broadcast_shapes(a.shape, b.shape)
     if out is None or out.shape != shape or out.dtype != dtype:
         out = empty(shape, dtype)
     return torch.mul(a, b, out=out)

@@ -7,6 +7,8 @@ than 0.9 on eleven of 27 problems (grids, regression, linear programmes), more t
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import scipy  # its subpackages load on first use
 import torch
@@ -33,7 +35,7 @@ class _Symbolic:
         pattern = scipy.sparse.csc_array((ones, indices[self._lower], lower_indptr), shape=(n, n))
         self._symbolic = rslab.analyze(pattern, path="ldlt", ordering="amf")
 
-    @property
+    @functools.cached_property
     def work(self) -> tuple[float, float]:
         """Entries of the factor, and the flops that making it takes."""
         pivots, order = np.asarray(self._symbolic.front_dims, dtype=float).reshape(-1, 2).T
