@@ -1,13 +1,15 @@
 """The solves on a GPU: ``python -m tests.benchmarks.device [--device cuda] [--quick]``.
 
 Numbers lie on the device before the clock starts, and the device is waited for before it stops.
-The roofline is that of a triad on the same device. CuPy's lsmr is a peer where it is installed.
+The roofline is that of a triad on the same device. CuPy's lsmr, matfree and lineax are peers where
+they are installed.
 With ``--device cpu`` the same work runs on the CPU, which is how it is tested.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import statistics
 import time
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 
 import funclsq as fl
+from tests.benchmarks.peers import CONTESTANTS
 from tests.benchmarks.problems import PROBLEMS, Absent, Data, Problem, random_rows, reference
 from tests.benchmarks.suite import error
 from tests.benchmarks.tables import duration, table
@@ -83,11 +86,13 @@ def solves(device: str, names: tuple[str, ...], repetitions: int) -> list[list[s
             exact = reference(problem, data)
         except (Absent, ArithmeticError):
             continue
-        for number, (title, gradient, run) in enumerate(contestants(problem, device), 1):
-            gap = error(run(moved(data, device)), exact)
+        there = [(*c, moved) for c in contestants(problem, device)]
+        there += [(*c, moved_by_jax) for c in jax_contestants(problem, device)]
+        for number, (title, gradient, run, move) in enumerate(there, 1):
+            gap = error(run(move(data, device)), exact)
             each = []
             for repetition in range(repetitions):
-                new = moved(problem.draw(1000 * number + repetition), device)  # nobody saw it
+                new = move(problem.draw(1000 * number + repetition), device)  # nobody saw it
                 each.append(clock(device, run, new)[0])
             work = "x and gradient" if gradient else "x"
             lines.append([name, title, work, duration(statistics.median(each)), f"{gap:.0e}"])
@@ -135,6 +140,29 @@ def contestants(problem: Problem, device: str) -> list[tuple[str, bool, Callable
         return (np.stack([cupy.asnumpy(c) for c in x], 1).reshape(-1, *b.shape[1:]),)
 
     return [*found, ("CuPy lsmr", False, theirs)]
+
+
+def moved_by_jax(data: Data, device: str) -> Data:
+    import jax
+
+    there = (data.values, data.b, data.x_bar)
+    return Data(*jax.block_until_ready([jax.device_put(a) for a in there]))
+
+
+def jax_contestants(problem: Problem, device: str) -> list[tuple[str, bool, Callable[..., Any]]]:
+    """The peers in JAX, where they are installed and JAX has a device of this kind."""
+    try:
+        import jax
+    except ImportError:
+        return []
+    if jax.default_backend() != ("gpu" if device.startswith("cuda") else "cpu"):
+        return []
+    found = []
+    for title in ("matfree lsmr", "lineax LSMR"):
+        for gradient in (False, True):
+            with contextlib.suppress(ImportError, NotImplementedError):
+                found.append((title, gradient, CONTESTANTS[title].prepare(problem, gradient, 1e-9)))
+    return found
 
 
 def main() -> None:
