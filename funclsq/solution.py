@@ -126,7 +126,7 @@ _WHY = {
     Choice.asked: "it was asked for",
     Choice.matrix_free: "A has no entries at hand, and this method needs products only",
     Choice.small: "A is dense, or small enough to be written out",
-    Choice.device: "A is sparse on a device where no factorisation runs",
+    Choice.device: "A is sparse on a device; solver='cholesky' factors it there if asked to",
     Choice.trial: "it converged before it had cost as much as a factorisation",
     Choice.factor: "an iterative method would cost more than a factorisation",
     Choice.full: "a factor would be dense and too large",
