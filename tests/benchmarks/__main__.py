@@ -22,7 +22,7 @@ import scipy
 import torch
 
 from tests.benchmarks import batches, factors, plots, scaling, suite, tables
-from tests.benchmarks.iteration import bandwidth, iteration
+from tests.benchmarks.iteration import bandwidth, beyond_products, iteration
 from tests.benchmarks.peers import CONTESTANTS
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "assets" / "benchmarks"
@@ -105,6 +105,7 @@ def main() -> None:
         powers = (4, 5, 6) if quick else (4, 4.5, 5, 5.5, 6, 6.5, 7)
         sizes = tuple(int(10**p) for p in powers)
         results["iteration"] = iteration(sizes, n, results["bandwidth"])
+        results["beyond"] = beyond_products(3 * n)
         save()
     if "products" in a.only:
         results["products"] = scaling.products(n)

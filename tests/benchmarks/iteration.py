@@ -14,7 +14,7 @@ from tests.benchmarks.problems import Problem, random_rows
 from tests.benchmarks.suite import log
 from tests.benchmarks.timing import once
 
-__all__ = ["bandwidth", "iteration"]
+__all__ = ["bandwidth", "beyond_products", "iteration"]
 
 FEW, MANY = 5, 25  # iterations; the difference is free of what a solve costs besides
 
@@ -41,19 +41,59 @@ def iteration(sizes: tuple[int, ...], repetitions: int, speed: float) -> list[di
     return rows
 
 
-def _one_size(nnz: int, repetitions: int, speed: float) -> dict[str, Any]:
-    m, n = nnz // 10, nnz // 15  # slow to converge: no solve ends before MANY iterations
-    A = random_rows(m, n, 10, spread=0.0)
+def beyond_products(repetitions: int) -> list[dict[str, Any]]:
+    """What an iteration on 2,000 unknowns takes beyond its two products: vectors, and the rest.
+
+    The rest is Python: the rotations and the tests for an end, on numbers that two norms gave.
+    """
+    rows = []
+    for m, per_row in ((3000, 5), (3000, 10), (20000, 10)):
+        A = random_rows(m, 2000, per_row, spread=0.0)
+        solve, op = _solver(A)
+        by_hand, products = _by_hand(op), _products(op)
+        each, hand, pure = [], [], []
+        for repetition in range(repetitions):
+            scale = 1 + 0.01 * (repetition + 1)
+            short, long = [], []
+            for i in range(3):
+                short.append(once(solve, 4, scale + 0.001 * i)[0])
+                long.append(once(solve, 16, scale + 0.001 * i + 0.005)[0])
+            each.append((min(long) - min(short)) / 12)
+            hand.append(min(once(by_hand, 20)[0] for _ in range(3)) / 20)
+            pure.append(min(once(products, 20)[0] for _ in range(3)) / 20)
+        middle = statistics.median
+        rows.append(
+            {
+                "nnz": A.nnz,
+                "iteration": middle(each),
+                "products": middle(pure),
+                "vectors": middle(h - p for h, p in zip(hand, pure)),
+                "beyond": middle(e - p for e, p in zip(each, pure)),
+            }
+        )
+        log(f"beyond the products of {A.nnz} entries: {rows[-1]['beyond'] * 1e6:.0f} us")
+    return rows
+
+
+def _solver(A: Any) -> tuple[Callable[[int, float], Any], Any]:
+    """``solve(maxiter, scale)`` by LSMR on A times a number, and the products that it makes."""
     S = fl.SparsityPattern(Problem("", A).row, A.indices, A.shape)
     values = torch.from_numpy(A.data)
-    b = torch.rand(m, dtype=torch.float64)
+    b = torch.rand(A.shape[0], dtype=torch.float64)
 
     def solve(maxiter: int, scale: float) -> Any:
         options: dict[str, Any] = {"solver": "lsmr", "rank": "full", "on_failure": "ignore"}
         options |= {"maxiter": maxiter, "atol": 0.0, "btol": 0.0}
         return fl.lstsq(fl.Sparse(S, values * scale), b, **options)
 
-    by_hand = _by_hand(SparseStructure(S).bind((values,)))
+    return solve, SparseStructure(S).bind((values,))
+
+
+def _one_size(nnz: int, repetitions: int, speed: float) -> dict[str, Any]:
+    m, n = nnz // 10, nnz // 15  # slow to converge: no solve ends before MANY iterations
+    A = random_rows(m, n, 10, spread=0.0)
+    solve, op = _solver(A)
+    by_hand = _by_hand(op)
     solve(FEW, 0.9)
     by_hand(1)
     each, hand = [], []
@@ -99,5 +139,19 @@ def _by_hand(op: Any) -> Callable[[int], None]:
             x.add_(hbar, alpha=0.5)
             torch.add(v, h, alpha=0.5, out=h)
             a, b = b, a
+
+    return run
+
+
+def _products(op: Any) -> Callable[[int], None]:
+    """The two products of an iteration, and nothing else."""
+    m, n = op.shape
+    u, v = torch.rand(m, 1, dtype=torch.float64), torch.rand(n, 1, dtype=torch.float64)
+    u_next, v_next = torch.empty_like(u), torch.empty_like(v)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            op.mv(v, out=u_next)
+            op.rmv(u, out=v_next)
 
     return run

@@ -235,6 +235,15 @@ def write(results: dict[str, Any], folder: Path) -> None:
                 for r in results["iteration"]
             ),
         )
+    if results.get("beyond"):
+        pages["beyond"] = table(
+            ["entries", "an iteration", "its products", "beyond them", "of it vectors"],
+            (
+                [str(r["nnz"])]
+                + [duration(r[key]) for key in ("iteration", "products", "beyond", "vectors")]
+                for r in results["beyond"]
+            ),
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in pages.items():
         (folder / f"{name}.md").write_text(text)
