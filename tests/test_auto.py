@@ -197,8 +197,8 @@ def test_a_trial_is_given_up_sooner_while_what_remains_does_not_get_less():
     def slowing(count):  # sizes 1 / count^2: what remains rises for as long as one looks
         return ((count - 1) / count) ** 2 if count > 1 else 1.0
 
-    assert run(slowing, Known(1200.0)) == 408  # the first check after 1200 / 3
-    assert run(slowing, Known(600.0, 1200.0)) == 408  # a factor for what is not well conditioned
+    assert run(slowing, Known(1600.0)) == 408  # the first check after 1600 / 4
+    assert run(slowing, Known(600.0, 1600.0)) == 408  # a factor for what is not well conditioned
     steady = Known(160.0)  # 92 iterations, all but 2 of them foretold from the first check on
     assert run(lambda count: 0.67, steady) is None
 

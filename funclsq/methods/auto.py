@@ -43,7 +43,7 @@ WRITABLE_ENTRIES = 1 << 25  # m n up to which a rank-deficient one is
 CHECK_EVERY = 12  # iterations after which a trial may be given up
 MOST_LIKELY = 64.0  # iterations that an easy matrix is supposed to take at most
 SLACK = 1.0  # the prices of a factor that a trial may cost at most
-HOPELESS = 1 / 3  # the same, where what remains does not get less
+HOPELESS = 1 / 4  # the same, where what remains does not get less
 GROWTH = 3.0  # what is foretold grows so many times what it grew since the last check
 
 
