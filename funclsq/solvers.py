@@ -71,8 +71,8 @@ def cholesky(A: Any, b: Tensor, **settings: Any) -> Solution:
 
     As accurate as a QR factorisation where A^H A is not singular to rounding; finds small null
     spaces and the minimum-norm solution; one too large for it is left to ``qr``, or to ``lsmr``
-    where A cannot be written out (``Solution.solver`` and ``why`` tell). CPU. Settings:
-    ``backend``, ``rcond``, and those of :func:`funclsq.solve`.
+    where A cannot be written out (``Solution.solver`` and ``why`` tell). Settings: ``backend``,
+    ``rcond``, and those of :func:`funclsq.solve`.
 
     References
     ----------

@@ -3,14 +3,18 @@
 Fresh memory is handed out in pages that the system must clear one by one, which costs several
 times as much as the copy itself. So the memory of a large copy that nobody refers to any more is
 kept for the next one of its size: a few pieces, and not too much in all.
+
+Memory is given back by finalizers, which the garbage collector may run in the middle of anything,
+this module included. So none of them waits, or touches what somebody has in hand: memory that
+comes at the wrong moment is let go.
 """
 
 from __future__ import annotations
 
-import collections
 import math
 import threading
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -18,15 +22,16 @@ from torch import Tensor
 
 from funclsq.shapes import broadcast_shapes
 
-__all__ = ["clear", "copied", "empty", "is_large", "product", "taken"]
+__all__ = ["also_clear", "clear", "copied", "empty", "is_large", "product", "taken"]
 
 _LARGE = 1 << 22  # bytes from which it is worth it
 _SMALL = 1 << 16  # bytes below which the allocator does as well
 _PIECES = 8
 _BYTES = 1 << 28
 
-_lock = threading.RLock()  # a finalizer may run wherever memory is allocated
-_spare: collections.deque[Tensor] = collections.deque()
+_lock = threading.Lock()  # not an RLock: a finalizer in the same thread must find it taken
+_spare: list[Tensor] = []  # the oldest first
+_others: list[Callable[[], None]] = []
 
 
 def is_large(t: Tensor) -> bool:
@@ -79,29 +84,39 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _take(size: int) -> Tensor:
-    with _lock:
-        for memory in _spare:
-            if memory.nbytes == size:
-                _remove(memory)
-                return memory
+    if _lock.acquire(blocking=False):
+        try:
+            for place, memory in enumerate(_spare):
+                if memory.nbytes == size:
+                    del _spare[place]
+                    return memory
+        finally:
+            _lock.release()
     # torch's allocator, since NumPy's asks for huge pages, which some systems are slow to find
     return torch.empty(size, dtype=torch.uint8)
 
 
-def _remove(memory: Tensor) -> None:
-    rest = [m for m in _spare if m is not memory]
-    _spare.clear()
-    _spare.extend(rest)
-
-
 def _give_back(memory: Tensor) -> None:
-    with _lock:
-        _spare.append(memory)
-        while len(_spare) > _PIECES or sum(m.nbytes for m in _spare) > _BYTES:
-            _spare.popleft()
+    if _lock.acquire(blocking=False):
+        try:
+            _spare.append(memory)
+            while len(_spare) > _PIECES or sum(m.nbytes for m in _spare) > _BYTES:
+                del _spare[0]
+        finally:
+            _lock.release()
+
+
+def also_clear(let_go: Callable[[], None]) -> None:
+    """Have this called when spare memory is let go: it lets go of memory of another kind."""
+    _others.append(let_go)
 
 
 def clear() -> None:
     """Let go of all spare memory."""
-    with _lock:
-        _spare.clear()
+    for let_go in _others:
+        let_go()
+    if _lock.acquire(timeout=1.0):
+        try:
+            _spare.clear()
+        finally:
+            _lock.release()

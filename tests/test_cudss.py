@@ -16,7 +16,7 @@ from fake_cudss import Binding
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import funclsq as fl
-from funclsq import raw
+from funclsq import kept, raw
 from funclsq.backends import NotPositive, registry
 from funclsq.entries import entries_to_csr
 from funclsq.methods import _device_gram, _normal
@@ -204,13 +204,52 @@ def test_the_solver_over_this_backend(kind, damp, lead, dtype, elsewhere):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
 
 
-def test_new_values_keep_the_analysis(elsewhere):
+def _data(cudss):
+    """How many data objects there are: an analysis and memory for a factor each."""
+    return sum(kind == "data" for kind, _ in cudss.binding.alive.values())
+
+
+def test_new_values_keep_the_analysis(elsewhere, monkeypatch):
+    raw.clear_cache()
+    monkeypatch.setattr(kept, "_ENTRIES", 1)
     pattern, values, b = sparse_problem("tall", torch.float64)
-    for size in range(1, 4):
-        raw.clear_cache()
+    for size in range(1, 6):
         fl.lstsq(fl.Sparse(pattern, size * values), b, solver="cholesky", backend="cudss")
-    assert elsewhere.binding.log.count("ANALYSIS") == 1
-    assert elsewhere.binding.log.count("FACTORIZATION") == 3
+    assert elsewhere.binding.log.count("ANALYSIS") == 2  # a new factor is made beside the old one
+    assert elsewhere.binding.log.count("FACTORIZATION") == 5
+    assert _data(elsewhere) == 2
+
+
+def test_memory_of_factors_that_are_gone_is_bounded_and_can_be_cleared(elsewhere):
+    raw.clear_cache()
+    assert _data(elsewhere) == 0
+    pattern, values, b = sparse_problem("tall", torch.float64)
+    held = [fl.factorize(fl.Sparse(pattern, i * values), solver="cholesky") for i in range(1, 6)]
+    assert _data(elsewhere) == 5
+    del held
+    kept._recent.clear()
+    kept._index.clear()
+    assert _data(elsewhere) == 1
+    raw.clear_cache()
+    assert _data(elsewhere) == 0
+    fl.lstsq(fl.Sparse(pattern, 7 * values), b, solver="cholesky")
+    assert elsewhere.binding.log.count("ANALYSIS") == 6
+
+
+def test_memory_is_kept_for_a_few_patterns_only(elsewhere, monkeypatch):
+    raw.clear_cache()
+    monkeypatch.setattr(kept, "_ENTRIES", 1)
+    for n in range(30, 42):
+        pattern, values, b = sparse_problem("tall", torch.float64, n=n)
+        fl.lstsq(fl.Sparse(pattern, values), b, solver="cholesky")
+    assert _data(elsewhere) == 1 + 4  # one in use
+    assert elsewhere.binding.log.count("ANALYSIS") == 12
+    fl.lstsq(fl.Sparse(pattern, 2 * values), b, solver="cholesky")
+    fl.lstsq(fl.Sparse(pattern, 3 * values), b, solver="cholesky")
+    assert elsewhere.binding.log.count("ANALYSIS") == 13  # the last pattern's memory was kept
+    assert _data(elsewhere) == 1 + 4
+    raw.clear_cache()
+    assert _data(elsewhere) == 0
 
 
 def test_the_last_four_analyses_are_kept(cudss, monkeypatch):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+
 import pytest
 import torch
 
@@ -165,3 +168,54 @@ def test_entries_are_taken_into_memory_that_was_used_before():
     del first
     assert spare.taken(t + 1, index).data_ptr() == where
     assert spare.taken(t.clone().requires_grad_(), index).requires_grad
+
+
+@pytest.mark.parametrize("where", ["_take", "_give_back", "<genexpr>"])
+def test_garbage_collected_in_the_middle_gives_its_memory_up(where, monkeypatch):
+    """Its finalizers come in the same thread, between any two steps of this module."""
+    wrong = []
+    monkeypatch.setattr(sys, "unraisablehook", wrong.append)
+    seen = []
+    gc.disable()
+    try:
+        for line in range(6):
+            held = [spare.empty((size,), torch.float64) for size in (10_000, 11_000, 12_000)]
+            del held
+            cycle = [spare.empty((20_000,), torch.float64)]
+            cycle.append(cycle)
+            del cycle
+            steps = []
+
+            def trace(frame, event, argument, line=line, steps=steps):
+                if event == "line" and frame.f_code.co_name == where:
+                    steps.append(frame.f_lineno)
+                    if len(steps) == line + 1:
+                        seen.append(gc.collect())
+                return trace if frame.f_code.co_filename == spare.__file__ else None
+
+            before = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                new = spare.empty((9_000,), torch.float64)
+                del new
+                fitting = spare.empty((11_000,), torch.float64)
+            finally:
+                sys.settrace(before)
+            assert fitting.shape == (11_000,)
+            assert len({m.data_ptr() for m in spare._spare} | {fitting.data_ptr()}) == 1 + len(
+                spare._spare
+            )
+    finally:
+        gc.enable()
+    assert any(seen)
+    assert not wrong
+
+
+def test_a_finalizer_does_not_wait():
+    t = spare.empty((20_000,), torch.float64)
+    with spare._lock:
+        fresh = spare.empty((20_000,), torch.float64)
+        del t
+    assert not spare._spare and fresh.shape == (20_000,)
+    del fresh
+    assert len(spare._spare) == 1

@@ -1,8 +1,10 @@
 """cuDSS through nvmath-python: sparse Cholesky of a matrix whose values lie on a CUDA device.
 
 A cuDSS data object holds an analysis and one factor on it. So each factor has one of its own, and
-that of a factor which nobody holds any more, with its analysis, serves the next values. Calls take
-one lock: a handle is bound to one stream at a time, and cuDSS is not thread-safe.
+that of a factor which nobody holds any more, with its analysis, serves the next values: one of
+them for each of the last few patterns. The others are destroyed at once, and all by
+``clear_cache``. Calls take one lock: a handle is bound to one stream at a time, and cuDSS is not
+thread-safe.
 
 What is factored is as it is given: no pivot is replaced by a larger one, and one that is not
 positive is told. The binding is that of nvmath-python 1.0 (cuDSS 0.8).
@@ -23,6 +25,7 @@ import torch
 from nvmath.bindings import cudss
 from torch import Tensor
 
+from funclsq import spare
 from funclsq.backends.registry import NotPositive
 
 __all__ = ["NAME", "analyze"]
@@ -37,6 +40,8 @@ _INDEX = cudss.DataType.R_32I
 _SMALLEST = 1e-300  # pivots below which one is replaced: none that is of use
 _lock = threading.RLock()  # a finalizer may run while another factor is at work
 _handles: dict[torch.device, Any] = {}
+_IDLE = 4  # patterns of which the memory of a factor that is gone is kept
+_idle: list[tuple[torch.device, list[Any]]] = []  # theirs, the oldest first
 
 
 def _handle(device: torch.device) -> Any:
@@ -79,7 +84,7 @@ class _Symbolic:
         self._arrays = tuple(
             torch.from_numpy(a.astype(np.int32)).to(device) for a in (starts, columns)
         )
-        self._free: list[Any] = []  # data objects with an analysis, whose factors are gone
+        self._free: list[Any] = []  # (data object with an analysis, event): the factor is gone
         with _lock:
             self._config = cudss.config_create()
             least = np.array(_SMALLEST)
@@ -123,12 +128,15 @@ class _Symbolic:
             handle = _handle(self.device)
             matrix = self.matrix(values)
             nothing = self.block(values.new_zeros((1, self.n)))
-            old = bool(self._free)
-            data = self._free.pop() if old else cudss.data_create(handle)
+            old = _popped(self._free)
+            if old is None:
+                data = cudss.data_create(handle)
+            else:
+                data, last = old
+                torch.cuda.current_stream(self.device).wait_event(last)
+            first = (cudss.Phase.ANALYSIS,) if old is None else ()
             try:
-                for phase in (() if old else (cudss.Phase.ANALYSIS,)) + (
-                    cudss.Phase.FACTORIZATION,
-                ):
+                for phase in (*first, cudss.Phase.FACTORIZATION):
                     cudss.execute(handle, phase, self._config, data, matrix, nothing, nothing)
                 failed = _number(handle, data, cudss.DataParam.INFO, np.int32)
                 size = _number(handle, data, cudss.DataParam.LU_NNZ, np.int64)
@@ -152,9 +160,10 @@ class _Factor:
 
     def __init__(self, symbolic: _Symbolic, values: Tensor, matrix: Any, data: Any, size: int):
         self._symbolic, self._values, self._matrix, self._data = symbolic, values, matrix, data
-        self.nbytes = size * values.element_size()
+        self.nbytes = size * values.element_size() + values.nbytes
         self._last = torch.cuda.Event()  # of its use, on whatever stream
-        weakref.finalize(self, _give_back, symbolic._free, matrix, data).atexit = False
+        place = symbolic.device, symbolic._free
+        weakref.finalize(self, _give_back, *place, matrix, data, self._last).atexit = False
 
     def solve(self, rhs: Tensor) -> Tensor:
         """Solve for blocks of columns, (n, k) or (b, n, k)."""
@@ -192,18 +201,45 @@ def _number(handle: Any, data: Any, what: Any, dtype: Any) -> int:
     return int(value[0])
 
 
-def _give_back(free: list[Any], matrix: Any, data: Any) -> None:
+def _give_back(
+    device: torch.device, free: list[Any], matrix: Any, data: Any, last: torch.cuda.Event
+) -> None:
     with _lock:
         cudss.matrix_destroy(matrix)
-        free.append(data)
+        _let_go(device, free)
+        free.append((data, last))
+        _idle[:] = [place for place in _idle if place[1] is not free] + [(device, free)]
+        while len(_idle) > _IDLE:
+            _let_go(*_idle.pop(0))
+
+
+def _let_go(device: torch.device, free: list[Any]) -> None:
+    """Destroy what is free, with the memory that its factor takes; under the lock."""
+    while (old := _popped(free)) is not None:
+        cudss.data_destroy(_handles[device], old[0])
+
+
+def _popped(free: list[Any]) -> Any:
+    """The last one; None if there is none, whatever a finalizer does in the meantime."""
+    try:
+        return free.pop()
+    except IndexError:
+        return None
 
 
 def _destroy(device: torch.device, config: Any, free: list[Any]) -> None:
     with _lock:
-        for data in free:
-            cudss.data_destroy(_handles[device], data)
-        free.clear()
+        _let_go(device, free)
         cudss.config_destroy(config)
+
+
+def _clear() -> None:
+    with _lock:
+        while (place := _popped(_idle)) is not None:
+            _let_go(*place)
+
+
+spare.also_clear(_clear)
 
 
 def analyze(
