@@ -81,7 +81,8 @@ def test_factor_and_solve(cudss, dtype):
     N, indptr, indices, values = hermitian(12, dtype)
     symbolic = cudss.analyze(indptr, indices, None, dtype, values.device)
     factor = symbolic.factor(values)
-    assert factor.positive() and factor.nbytes >= 12 * values.element_size()
+    size = values.element_size()
+    assert factor.positive() and factor.nbytes >= (12 + values.numel()) * size
     for k in (1, 4):
         b = torch.randn(12, k, dtype=dtype)
         x = factor.solve(b.mT.contiguous().mT)  # however it lies in memory
@@ -89,6 +90,9 @@ def test_factor_and_solve(cudss, dtype):
         assert x.is_contiguous()
     assert cudss.binding.log == ["ANALYSIS", "FACTORIZATION", "SOLVE", "SOLVE"]
     assert cudss.stream.waited == [cudss.stream] * 2  # for what was started before
+    del factor
+    assert symbolic.factor(values).positive()
+    assert cudss.stream.waited == [cudss.stream] * 3  # its memory, used before
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
