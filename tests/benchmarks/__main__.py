@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--problems", nargs="+", help="of the main section")
     parser.add_argument("--contestants", nargs="+", help="of the main section")
+    parser.add_argument("--works", nargs="+", choices=suite.WORKS, default=suite.WORKS)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument(
         "--patience", type=float, help="seconds for one run, beyond which it is left out"
@@ -82,10 +83,12 @@ def main() -> None:
         quick_set = [c for c in CONTESTANTS if "lineax" not in c and "matfree" not in c]
         contestants = a.contestants or (quick_set if quick else list(CONTESTANTS))
         for name in names:
-            new = suite.compare([name], contestants, n, patience)
-            done = {(r["problem"], r["contestant"]) for r in new}
+            new = suite.compare([name], contestants, n, patience, a.works)
+            done = {(r["problem"], r["work"], r["contestant"]) for r in new}
             kept = [
-                r for r in results.get("main", []) if (r["problem"], r["contestant"]) not in done
+                r
+                for r in results.get("main", [])
+                if (r["problem"], r["work"], r["contestant"]) not in done
             ]
             results["main"] = kept + new
             save()

@@ -12,7 +12,9 @@ from tests.benchmarks.peers import CONTESTANTS, Contestant
 from tests.benchmarks.problems import PROBLEMS, Absent, Data, Problem, reference
 from tests.benchmarks.timing import Entry, interleave, once, settle
 
-__all__ = ["compare", "log"]
+__all__ = ["WORKS", "compare", "log"]
+
+WORKS = ("x", "x and gradient")
 
 TARGET = 1e-8  # relative error that all have to reach, in x and both cotangents
 HOPELESS = 10.0  # times the patience: so long does no compilation take, there is no second run
@@ -71,7 +73,11 @@ def calibrate(
 
 
 def compare(
-    names: Iterable[str], contestants: Iterable[str], repetitions: int, patience: float
+    names: Iterable[str],
+    contestants: Iterable[str],
+    repetitions: int,
+    patience: float,
+    works: Iterable[str] = WORKS,
 ) -> list[dict[str, Any]]:
     """Rows of the main table: each problem, x alone and x with gradient, every contestant."""
     rows = []
@@ -83,7 +89,8 @@ def compare(
         except (Absent, ArithmeticError) as reason:
             log(f"{name}: {reason}")
             continue
-        for gradient in (False, True):
+        for work in works:
+            gradient = work != "x"
             runs, entries, slow, lasting = {}, [], {}, {}
             for key in contestants:
                 contestant = CONTESTANTS[key]
@@ -102,15 +109,15 @@ def compare(
             times = interleave(runs, problem.draw, repetitions, slow)
             for entry in entries:
                 entry.seconds = times.get(entry.name, [])
-                rows.append(_row(problem, name, gradient, entry))
+                rows.append(_row(problem, name, work, entry))
                 log(
-                    f"{name:15} {'x and gradient' if gradient else 'x':15} {entry.name:28} "
+                    f"{name:15} {work:15} {entry.name:28} "
                     f"{entry.median:9.4f} s  error {entry.error}  {entry.note}"
                 )
     return rows
 
 
-def _row(problem: Problem, key: str, gradient: bool, entry: Entry) -> dict[str, Any]:
+def _row(problem: Problem, key: str, work: str, entry: Entry) -> dict[str, Any]:
     return {
         "problem": key,
         "title": problem.name,
@@ -118,7 +125,7 @@ def _row(problem: Problem, key: str, gradient: bool, entry: Entry) -> dict[str, 
         "nnz": int(problem.A.nnz),
         "k": problem.k,
         "damp": problem.damp,
-        "work": "x and gradient" if gradient else "x",
+        "work": work,
         "contestant": entry.name,
         "seconds": entry.seconds,
         "error": entry.error,
