@@ -81,7 +81,7 @@ class Case:
         return wrap(self.A, self.layout, self.row, self.col)
 
     def on(self, device: str | None) -> Case:
-        """The same on a device, where ``cholesky`` and SciPy's matrices are not at home."""
+        """The same on a device, where SciPy's matrices are not at home."""
         if device is None:
             return self
 
@@ -90,7 +90,6 @@ class Case:
 
         return dataclasses.replace(
             self,
-            solver=self.solver,
             layout="csr" if self.layout == "scipy" else self.layout,
             **{name: there(getattr(self, name)) for name in ("A", "b", "damp", "weights", "x0")},
         )

@@ -179,6 +179,7 @@ def test_garbage_collected_in_the_middle_gives_its_memory_up(where, monkeypatch)
     gc.disable()
     try:
         for line in range(6):
+            spare.clear()
             held = [spare.empty((size,), torch.float64) for size in (10_000, 11_000, 12_000)]
             del held
             cycle = [spare.empty((20_000,), torch.float64)]

@@ -221,9 +221,10 @@ class _Watch:
     The rate at which ||A^H r|| fell since the second iteration foretells the iterations that the
     answer takes; where the rate slows down, what it foretells rises from check to check, and
     is taken to rise GROWTH times as much again. While it rises as fast as iterations are made, what
-    remains does not get less, and the trial ends at a smaller part of the price, HOPELESS: no
-    smaller, as what converges in a thousand iterations may look like that for four hundred. An
-    answer costs ``factor`` times as much as so many steps on one column, the probe for the rank
+    remains does not get less, and the trial ends at a smaller part of the price, HOPELESS. What
+    converges in a thousand iterations may look like that for four hundred: it is waited for where
+    a factor costs 1600 of them, and loses a factor of two at most where it costs less. An answer
+    costs ``factor`` times as much as so many steps on one column, the probe for the rank
     included. Giving up costs the steps made, ``share`` each, and the price of a factor, which is
     worked out if that decides.
     """
