@@ -18,7 +18,10 @@ from funclsq.backends.registry import NotPositive
 
 __all__ = ["DTYPES", "NAME", "analyze"]
 
-rslab = lasting_import("rslab")
+# Its allocator hands memory back to the system after each factorisation. To get it anew, cleared
+# page by page, took up to a quarter of the time of a solve in a virtual machine. So the system is
+# told that it may take the memory, which stays for the next factorisation until the system does.
+rslab = lasting_import("rslab", MIMALLOC_PURGE_DECOMMITS="0")
 
 NAME = "rslab"
 DTYPES = frozenset({"float64", "float32"})  # its complex path is for A = A^T, not Hermitian
