@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,22 +13,63 @@ from tests.benchmarks.problems import Problem, random_rows
 from tests.benchmarks.suite import error, log
 from tests.benchmarks.timing import Entry, interleave
 
-__all__ = ["compare_batches"]
+__all__ = ["compare_batches", "one_pattern", "torch_runs"]
 
 LOOPED = 40  # members that the loop over lstsq is timed on
 
 
 def compare_batches(count: int, repetitions: int) -> list[dict[str, Any]]:
     """``count`` problems of 200 x 50 with 5 per row: x, values_bar and b_bar."""
-    m, n = 200, 50
-    problem = Problem("batch", random_rows(m, n, 5, spread=0.0))
-    row, col = torch.from_numpy(problem.row), torch.from_numpy(problem.A.indices).long()
+    problem = one_pattern()
+    m, n = problem.A.shape
+    runs, draw = torch_runs(problem, count)
+    runs |= _jax_runs(problem, count)
+    data = draw(0)
+    exact = tuple(t.detach().numpy() for t in runs["torch.linalg.qr, dense batch"](data))
+    entries = []
+    for name, run in runs.items():
+        answer = run(data)
+        part = tuple(t[: len(answer[0])] for t in exact)
+        entries.append(Entry(name, error=error(answer, part)))
+    times = interleave(runs, draw, repetitions)
+    times["funclsq, a loop"] = [t * count / LOOPED for t in times["funclsq, a loop"]]
+    rows = []
+    for entry in entries:
+        entry.seconds = times[entry.name]
+        log(f"batch of {count}: {entry.name:36} {entry.median:9.4f} s  error {entry.error:.1e}")
+        rows.append(
+            {
+                "problem": f"batch-{count}",
+                "title": f"{count} problems of {m} x {n}, 5 per row",
+                "work": "x and gradient",
+                "contestant": entry.name,
+                "seconds": entry.seconds,
+                "error": entry.error,
+                "tol": 0.0,
+                "note": f"timed on {LOOPED} members" if "loop" in entry.name else "",
+            }
+        )
+    return rows
+
+
+def one_pattern() -> Problem:
+    """200 x 50 with 5 per row: small, so that what a call costs besides its work counts."""
+    return Problem("batch", random_rows(200, 50, 5, spread=0.0))
+
+
+def torch_runs(
+    problem: Problem, count: int, device: str = "cpu"
+) -> tuple[dict[str, Callable[[Any], Any]], Callable[[int], tuple[torch.Tensor, ...]]]:
+    """What this library and torch do with ``count`` problems, and the numbers for it by seed."""
+    m, n = problem.A.shape
+    row = torch.from_numpy(problem.row).to(device)
+    col = torch.from_numpy(problem.A.indices).long().to(device)
     S = fl.SparsityPattern(problem.row, problem.A.indices, (m, n))
 
     def draw(seed: int) -> tuple[torch.Tensor, ...]:
         g = torch.Generator().manual_seed(seed)
         sizes = ((count, problem.A.nnz), (count, m), (count, n))
-        return tuple(torch.randn(s, generator=g, dtype=torch.float64) for s in sizes)
+        return tuple(torch.randn(s, generator=g, dtype=torch.float64).to(device) for s in sizes)
 
     def gradient(x, inputs, x_bar):
         return x.detach(), *torch.autograd.grad(x, inputs, x_bar)
@@ -53,7 +95,7 @@ def compare_batches(count: int, repetitions: int) -> list[dict[str, Any]]:
 
     def written_out(data):
         values, b, x_bar = data
-        A = torch.zeros((count, m, n), dtype=torch.float64)
+        A = torch.zeros((count, m, n), dtype=torch.float64, device=device)
         A[:, row, col] = values
         return A.requires_grad_(), b.detach().unsqueeze(-1).requires_grad_(), x_bar.unsqueeze(-1)
 
@@ -77,34 +119,8 @@ def compare_batches(count: int, repetitions: int) -> list[dict[str, Any]]:
         "funclsq, a loop": loop,
         "torch.linalg.qr, dense batch": dense_qr,
         "torch.linalg.cholesky, dense batch": dense_cholesky,
-        **_jax_runs(problem, count),
     }
-    data = draw(0)
-    exact = tuple(t.detach().numpy() for t in dense_qr(data))
-    entries = []
-    for name, run in runs.items():
-        answer = run(data)
-        part = tuple(t[: len(answer[0])] for t in exact)
-        entries.append(Entry(name, error=error(answer, part)))
-    times = interleave(runs, draw, repetitions)
-    times["funclsq, a loop"] = [t * count / LOOPED for t in times["funclsq, a loop"]]
-    rows = []
-    for entry in entries:
-        entry.seconds = times[entry.name]
-        log(f"batch of {count}: {entry.name:36} {entry.median:9.4f} s  error {entry.error:.1e}")
-        rows.append(
-            {
-                "problem": f"batch-{count}",
-                "title": f"{count} problems of {m} x {n}, 5 per row",
-                "work": "x and gradient",
-                "contestant": entry.name,
-                "seconds": entry.seconds,
-                "error": entry.error,
-                "tol": 0.0,
-                "note": f"timed on {LOOPED} members" if "loop" in entry.name else "",
-            }
-        )
-    return rows
+    return runs, draw
 
 
 def _jax_runs(problem: Problem, count: int) -> dict[str, Any]:

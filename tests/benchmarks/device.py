@@ -1,8 +1,9 @@
 """The solves on a GPU: ``python -m tests.benchmarks.device [--device cuda] [--quick]``.
 
 Numbers lie on the device before the clock starts, and the device is waited for before it stops.
-The roofline is that of a triad on the same device. CuPy's lsmr, matfree and lineax are peers where
-they are installed.
+The roofline is that of a triad on the same device. An iteration's products and vector updates are
+also timed by hand, one call after the other and replayed as a CUDA graph: what a graph could gain.
+CuPy's lsmr, matfree and lineax are peers where they are installed.
 With ``--device cpu`` the same work runs on the CPU, which is how it is tested.
 """
 
@@ -21,12 +22,17 @@ import numpy as np
 import torch
 
 import funclsq as fl
+from funclsq.operators import SparseStructure
+from tests.benchmarks.batches import one_pattern, torch_runs
+from tests.benchmarks.iteration import by_hand
 from tests.benchmarks.peers import CONTESTANTS
 from tests.benchmarks.problems import PROBLEMS, Absent, Data, Problem, random_rows, reference
 from tests.benchmarks.suite import error
 from tests.benchmarks.tables import duration, table
 
-FULL = ("random", "random-8", "random-64", "one-hot", "terrain", "tomography", "insteval")
+FULL = tuple(name for name in PROBLEMS if name != "tomography-128")  # its reference takes minutes
+LOOP = 50  # iterations between the two runs whose difference is timed
+CAPTURED = 10  # of them in one CUDA graph
 
 
 def clock(device: str, work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
@@ -53,7 +59,7 @@ def bandwidth(device: str) -> float:
 
 
 def iterations(device: str, sizes: tuple[int, ...], speed: float) -> list[list[str]]:
-    """An LSMR iteration against its bytes over the bandwidth."""
+    """An LSMR iteration against its parts by hand and its bytes over the bandwidth."""
     lines = []
     for nnz in sizes:
         A = random_rows(nnz // 10, nnz // 15, 10, spread=0.0)
@@ -61,19 +67,44 @@ def iterations(device: str, sizes: tuple[int, ...], speed: float) -> list[list[s
         S = fl.SparsityPattern(Problem("", A).row, A.indices, A.shape)
         values = torch.from_numpy(A.data).to(device)
         b = torch.rand(m, dtype=torch.float64, device=device)
-        each = []
+        hands = by_hand(SparseStructure(S).bind((values,)), device)
+        runs = {"hand": hands} | ({"graph": graph(hands)} if device.startswith("cuda") else {})
+        each: dict[str, list[float]] = {name: [] for name in ("iteration", "hand", "graph")}
         for repetition in range(6):
             took = {}
-            for count in (10, 60):
+            for count in (10, 10 + LOOP):
                 scaled = fl.Sparse(S, values * (1 + 0.01 * repetition + 0.001 * count))
                 options: dict[str, Any] = {"maxiter": count, "atol": 0.0, "btol": 0.0}
                 options |= {"solver": "lsmr", "rank": "full", "on_failure": "ignore"}
                 took[count] = clock(device, functools.partial(fl.lstsq, scaled, b, **options))[0]
-            each.append((took[60] - took[10]) / 50)
-        middle = statistics.median(each[1:])
+            each["iteration"].append((took[10 + LOOP] - took[10]) / LOOP)
+            for name, run in runs.items():
+                each[name].append(clock(device, run, LOOP)[0] / LOOP)
+        middle = {name: statistics.median(seconds[1:]) for name, seconds in each.items() if seconds}
         floor = (A.nnz * 24 + (m + n) * 4 + 8 * (8 * m + 17 * n)) / speed
-        lines.append([str(A.nnz), duration(middle), duration(floor), f"{middle / floor:.2f}"])
+        times = [duration(middle[name]) if name in middle else "" for name in each]
+        ratio = middle["iteration"] / floor
+        lines.append([str(A.nnz), *times, duration(floor), f"{ratio:.2f}"])
     return lines
+
+
+def graph(run: Callable[[int], None]) -> Callable[[int], None]:
+    """The same work as a CUDA graph, captured after runs on a stream of its own."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run(CAPTURED)
+    torch.cuda.current_stream().wait_stream(stream)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        run(CAPTURED)
+
+    def replay(count: int) -> None:
+        for _ in range(count // CAPTURED):
+            captured.replay()
+
+    return replay
 
 
 def solves(device: str, names: tuple[str, ...], repetitions: int) -> list[list[str]]:
@@ -90,12 +121,37 @@ def solves(device: str, names: tuple[str, ...], repetitions: int) -> list[list[s
         there += [(*c, moved_by_jax) for c in jax_contestants(problem, device)]
         for number, (title, gradient, run, move) in enumerate(there, 1):
             gap = error(run(move(data, device)), exact)
-            each = []
+            each, space = [], high_water(device)
             for repetition in range(repetitions):
                 new = move(problem.draw(1000 * number + repetition), device)  # nobody saw it
                 each.append(clock(device, run, new)[0])
             work = "x and gradient" if gradient else "x"
-            lines.append([name, title, work, duration(statistics.median(each)), f"{gap:.0e}"])
+            seconds = duration(statistics.median(each))
+            lines.append([name, title, work, seconds, f"{gap:.0e}", space()])
+    return lines
+
+
+def high_water(device: str) -> Callable[[], str]:
+    """Start to watch torch's memory on the device; what is returned tells the most since, in MB."""
+    if not device.startswith("cuda"):
+        return lambda: ""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    return lambda: f"{(torch.cuda.max_memory_allocated(device) - before) / 1e6:.0f}"
+
+
+def batches(device: str, count: int, repetitions: int) -> list[list[str]]:
+    """Many problems of one pattern: x and gradient."""
+    runs, draw = torch_runs(one_pattern(), count, device)
+    data = draw(0)
+    exact = tuple(t.detach().cpu().numpy() for t in runs["torch.linalg.qr, dense batch"](data))
+    lines = []
+    for number, (title, run) in enumerate(runs.items(), 1):
+        answer = tuple(t.detach().cpu() for t in run(data))
+        part = len(answer[0])  # the loop is timed on some members only
+        gap = error(answer, tuple(t[:part] for t in exact))
+        each = [clock(device, run, draw(1000 * number + i))[0] for i in range(repetitions)]
+        lines.append([title, duration(statistics.median(each) * count / part), f"{gap:.0e}"])
     return lines
 
 
@@ -166,7 +222,7 @@ def jax_contestants(problem: Problem, device: str) -> list[tuple[str, bool, Call
 
 
 def main() -> None:
-    """Print three tables."""
+    """Print the bandwidth and three tables."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.device", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true")
@@ -180,10 +236,14 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}: {speed / 1e9:.0f} GB/s in a triad\n")
     sizes = (100_000, 1_000_000) if a.quick else (100_000, 1_000_000, 10_000_000)
     lines = iterations(a.device, sizes, speed)
-    print(table(["entries", "an LSMR iteration", "bandwidth floor", "ratio"], lines))
+    heads = ["entries", "an LSMR iteration", "its parts by hand", "in a CUDA graph"]
+    print(table([*heads, "bandwidth floor", "iteration / floor"], lines))
     problems = FULL[:1] if a.quick else FULL
     lines = solves(a.device, problems, a.repetitions)
-    print(table(["problem", "", "work", "time", "error"], lines))
+    print(table(["problem", "", "work", "time", "error", "MB"], lines))
+    count = 100 if a.quick else 1000
+    lines = batches(a.device, count, a.repetitions)
+    print(table([f"{count} problems of one pattern, x and gradient", "time", "error"], lines))
 
 
 if __name__ == "__main__":

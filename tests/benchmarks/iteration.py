@@ -14,7 +14,7 @@ from tests.benchmarks.problems import Problem, random_rows
 from tests.benchmarks.suite import log
 from tests.benchmarks.timing import once
 
-__all__ = ["bandwidth", "beyond_products", "iteration"]
+__all__ = ["bandwidth", "beyond_products", "by_hand", "iteration"]
 
 FEW, MANY = 5, 25  # iterations; the difference is free of what a solve costs besides
 
@@ -50,7 +50,7 @@ def beyond_products(repetitions: int) -> list[dict[str, Any]]:
     for m, per_row in ((3000, 5), (3000, 10), (20000, 10)):
         A = random_rows(m, 2000, per_row, spread=0.0)
         solve, op = _solver(A)
-        by_hand, products = _by_hand(op), _products(op)
+        hands, products = by_hand(op), _products(op)
         each, hand, pure = [], [], []
         for repetition in range(repetitions):
             scale = 1 + 0.01 * (repetition + 1)
@@ -59,7 +59,7 @@ def beyond_products(repetitions: int) -> list[dict[str, Any]]:
                 short.append(once(solve, 4, scale + 0.001 * i)[0])
                 long.append(once(solve, 16, scale + 0.001 * i + 0.005)[0])
             each.append((min(long) - min(short)) / 12)
-            hand.append(min(once(by_hand, 20)[0] for _ in range(3)) / 20)
+            hand.append(min(once(hands, 20)[0] for _ in range(3)) / 20)
             pure.append(min(once(products, 20)[0] for _ in range(3)) / 20)
         middle = statistics.median
         rows.append(
@@ -93,16 +93,16 @@ def _one_size(nnz: int, repetitions: int, speed: float) -> dict[str, Any]:
     m, n = nnz // 10, nnz // 15  # slow to converge: no solve ends before MANY iterations
     A = random_rows(m, n, 10, spread=0.0)
     solve, op = _solver(A)
-    by_hand = _by_hand(op)
+    hands = by_hand(op)
     solve(FEW, 0.9)
-    by_hand(1)
+    hands(1)
     each, hand = [], []
     for repetition in range(repetitions):
         scale = 1 + 0.01 * (repetition + 1)
         short, long, plain = [], [], []
         for i in range(3):
             short.append(once(solve, FEW, scale + 0.001 * i)[0])
-            plain.append(once(by_hand, MANY - FEW)[0] / (MANY - FEW))
+            plain.append(once(hands, MANY - FEW)[0] / (MANY - FEW))
             long.append(once(solve, MANY, scale + 0.001 * i + 0.005)[0])
         each.append((min(long) - min(short)) / (MANY - FEW))
         hand.append(min(plain))
@@ -118,22 +118,33 @@ def _one_size(nnz: int, repetitions: int, speed: float) -> dict[str, Any]:
     }
 
 
-def _by_hand(op: Any) -> Callable[[int], None]:
-    """The two products and the vector updates of LSMR, with constants for its scalars."""
+def by_hand(op: Any, device: str = "cpu") -> Callable[[int], None]:
+    """The two products and the vector updates of LSMR, with constants for its scalars.
+
+    The norms are handed to Python on the CPU, and stay on another device.
+    """
     m, n = op.shape
-    u, u_next = (torch.rand(m, 1, dtype=torch.float64) for _ in range(2))
-    v, v_next, h, hbar, x = (torch.rand(n, 1, dtype=torch.float64) for _ in range(5))
+    kind: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    u, u_next = (torch.rand(m, 1, **kind) for _ in range(2))
+    v, v_next, h, hbar, x = (torch.rand(n, 1, **kind) for _ in range(5))
+    scalar = torch.empty((), **kind)
+
+    def norm(t: torch.Tensor) -> None:
+        if device == "cpu":
+            torch.linalg.vector_norm(t).item()
+        else:
+            torch.linalg.vector_norm(t, out=scalar)
 
     def run(count: int) -> None:
         a, b = u, u_next
         for _ in range(count):
             op.mv(v, out=b)
             b.add_(a, alpha=-0.5)
-            torch.linalg.vector_norm(b).item()
+            norm(b)
             b.mul_(0.99)
             op.rmv(b, out=v_next)
             v_next.add_(v, alpha=-0.5)
-            torch.linalg.vector_norm(v_next).item()
+            norm(v_next)
             v_next.mul_(0.01)
             torch.add(h, hbar, alpha=0.5, out=hbar)
             x.add_(hbar, alpha=0.5)
