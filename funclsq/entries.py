@@ -9,11 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from funclsq import spare
+from funclsq import fused, spare
 from funclsq.pattern import SparsityPattern
-from funclsq.products import FEW_TERMS, csr_tensor, sddmm_csr, sddmm_few
+from funclsq.products import (
+    FEW_PARTS,
+    FEW_SINGLE,
+    FEW_TERMS,
+    csr_tensor,
+    sddmm_csr,
+    sddmm_few,
+)
 
 __all__ = ["csr_to_entries", "entries_to_csr", "sddmm"]
+
+_SINGLE = frozenset({torch.float32, torch.complex64})
 
 
 def entries_to_csr(pattern: SparsityPattern, values: Tensor) -> Tensor:
@@ -38,16 +47,24 @@ def sddmm(pattern: SparsityPattern, U: Tensor, V: Tensor, batched: bool) -> Tens
     """sum_k U[row, k] conj(V[col, k]) at each entry; summed over members unless ``batched``."""
     if U.ndim == 3 and not batched:
         U, V = (t.movedim(0, 1).flatten(1) for t in (U, V))
-    if U.shape[-1] <= FEW_TERMS and U.device.type == "cpu":
+    on_cpu = U.device.type == "cpu"
+    in_parts = on_cpu and U.dtype == torch.complex64 and U.shape[-1] <= FEW_PARTS
+    dtype = torch.float32 if in_parts else U.dtype
+    one_pass = fused.sampled(
+        pattern.tensor("indptr", U.device), pattern.tensor("indices", U.device), U, V
+    )
+    if one_pass is not None:
+        out = one_pass
+    elif U.shape[-1] <= (FEW_SINGLE if U.dtype in _SINGLE else FEW_TERMS) and on_cpu:
         rows, cols = (pattern.tensor(name, U.device) for name in ("csr_rows", "indices"))
         out = sddmm_few(rows, cols, U, V)
     elif U.ndim == 2:
-        out = sddmm_csr(_csr(pattern, U.dtype, U.device), U, V)
+        out = sddmm_csr(_csr(pattern, dtype, U.device), U, V)
     else:
         count = U.shape[0]
         if count == 0:
             return U.new_zeros((0, pattern.nnz))
-        whole = _csr(pattern.repeated(count), U.dtype, U.device)
+        whole = _csr(pattern.repeated(count), dtype, U.device)
         out = sddmm_csr(whole, U.flatten(0, 1), V.flatten(0, 1)).view(count, -1)
     return csr_to_entries(pattern, out)
 

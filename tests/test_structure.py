@@ -17,7 +17,7 @@ from funclsq import kept, raw
 from funclsq.entries import sddmm
 from funclsq.matrix import matmul, outer, rmatmul
 from funclsq.operators import DenseStructure, SparseStructure
-from funclsq.products import FEW_TERMS
+from funclsq.products import FEW_PARTS, FEW_TERMS
 from funclsq.shapes import broadcast_shapes
 
 F64 = torch.float64
@@ -448,8 +448,8 @@ def test_column_norms_hold_out_to_the_ends_of_the_range(size, batch):
     torch.testing.assert_close(norms / size, want, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("k", [0, 1, FEW_TERMS, FEW_TERMS + 1, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+@pytest.mark.parametrize("k", [0, 1, 2, 3, FEW_TERMS, FEW_TERMS + 1, 8, FEW_PARTS, 17, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
 @pytest.mark.parametrize("batch", [(), (3,)])
 def test_sampled_outer_product_of_few_and_of_many_columns(k, dtype, batch):
     g = torch.Generator().manual_seed(k)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import funclsq as fl
+from funclsq import fused
 from funclsq.entries import sddmm
 from funclsq.operators import SparseStructure
 from tests.benchmarks.problems import Problem, grid, random_rows
@@ -83,7 +84,7 @@ def products(repetitions: int) -> list[dict[str, Any]]:
     rows = []
     for m, n, per_row in ((20_000, 2000, 10), (61_600, 6000, 10)):
         A = random_rows(m, n, per_row)
-        for k in (1, 64):
+        for k in (1, 2, 8, 64):
             runs = _product_runs(A, k)
             times: dict[str, list[float]] = {name: [] for name in runs}
             for _ in range(repetitions + 1):
@@ -108,11 +109,21 @@ def _product_runs(A: Any, k: int) -> dict[str, Callable[[], Any]]:
     def gathered() -> torch.Tensor:
         return (Y.index_select(0, row) * X.index_select(0, col)).sum(1)
 
-    return {
+    def without_numba() -> torch.Tensor:
+        least, fused.LEAST = fused.LEAST, 1 << 60
+        try:
+            return sddmm(S, Y, X, batched=False)
+        finally:
+            fused.LEAST = least
+
+    products = {
         "A X": lambda: op.mv(X),
         "A X, torch COO": lambda: coo @ X,
         "A^T Y": lambda: op.rmv(Y),
         "A^T Y, torch COO": lambda: coo.t() @ Y,
+    }
+    return (products if k in (1, 64) else {}) | {
         "sampled Y X^T": lambda: sddmm(S, Y, X, batched=False),
+        "sampled Y X^T, without numba": without_numba,
         "sampled Y X^T, gather and multiply": gathered,
     }

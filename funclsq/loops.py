@@ -1,0 +1,66 @@
+"""Loops that numba compiles: imported only where numba is.
+
+Compiled once per type of entry and index, and kept on disk where a folder for it can be written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+__all__ = ["sample_few", "sample_many"]
+
+
+def _compiled(**options: Any) -> Callable[[Callable[..., None]], Any]:
+    def compiled(loop: Callable[..., None]) -> Any:
+        try:
+            return numba.njit(nogil=True, cache=True, **options)(loop)
+        except RuntimeError:  # no folder to keep it in
+            return numba.njit(nogil=True, **options)(loop)
+
+    return compiled
+
+
+@_compiled()  # nothing reordered or contracted: the digits of one operation after another
+def sample_few(indptr, indices, U, Vh, out, start, stop):
+    """Sampled outer products of members, for rows start to stop; U (b, m, k), Vh (b, n, k)."""
+    members, _, k = U.shape
+    for member in range(members):
+        u, v, entries = U[member], Vh[member], out[member]
+        for i in range(start, stop):
+            if k == 1:
+                u0 = u[i, 0]
+                for e in range(indptr[i], indptr[i + 1]):
+                    entries[e] = u0 * v[indices[e], 0]
+            elif k == 2:
+                u0, u1 = u[i, 0], u[i, 1]
+                for e in range(indptr[i], indptr[i + 1]):
+                    j = indices[e]
+                    entries[e] = u0 * v[j, 0] + u1 * v[j, 1]
+            else:
+                for e in range(indptr[i], indptr[i + 1]):
+                    j = indices[e]
+                    total = u[i, 0] * v[j, 0]
+                    for c in range(1, k):
+                        total += u[i, c] * v[j, c]
+                    entries[e] = total
+
+
+@_compiled(fastmath={"reassoc", "contract"})  # sums in the width of the machine's registers
+def sample_many(indptr, indices, U, Vh, out, start, stop):
+    """The same for many columns."""
+    members, _, k = U.shape
+    zero = np.zeros(1, U.dtype)[0]
+    for member in range(members):
+        u, v, entries = U[member], Vh[member], out[member]
+        for i in range(start, stop):
+            row = u[i]
+            for e in range(indptr[i], indptr[i + 1]):
+                other = v[indices[e]]
+                total = zero
+                for c in range(k):
+                    total += row[c] * other[c]
+                entries[e] = total
