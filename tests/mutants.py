@@ -114,8 +114,15 @@ AREAS = {
         ("test_gram.py", "test_single_factor.py", "test_dense_rows.py", "test_cudss.py"),
     ),
     "structure": Area(
-        {"pattern": (), "products": (), "entries": (), "operators": (), "sparse": ()},
-        ("test_operators.py", "test_structure.py", "test_spare.py"),
+        {
+            "pattern": (),
+            "products": (),
+            "fused": (),
+            "entries": (),
+            "operators": (),
+            "sparse": (),
+        },
+        ("test_operators.py", "test_structure.py", "test_spare.py", "test_fused.py"),
     ),
     "bridge": Area(
         {
