@@ -26,16 +26,15 @@ def _compiled(**options: Any) -> Callable[[Callable[..., None]], Any]:
 
 @_compiled()  # nothing reordered or contracted: the digits of one operation after another
 def sample_few(indptr, indices, U, Vh, out, start, stop):
-    """Sampled outer products of members, for rows start to stop; U (b, m, k), Vh (b, n, k)."""
+    """Sampled outer products of members, for rows start to stop; U (b, m, k), Vh (b, n, k).
+
+    There are two columns or more.
+    """
     members, _, k = U.shape
     for member in range(members):
         u, v, entries = U[member], Vh[member], out[member]
         for i in range(start, stop):
-            if k == 1:
-                u0 = u[i, 0]
-                for e in range(indptr[i], indptr[i + 1]):
-                    entries[e] = u0 * v[indices[e], 0]
-            elif k == 2:
+            if k == 2:
                 u0, u1 = u[i, 0], u[i, 1]
                 for e in range(indptr[i], indptr[i + 1]):
                     j = indices[e]

@@ -43,7 +43,7 @@ def spied(loop, name, seen):
     return spy
 
 
-def drawn(k, dtype, batch=(), m=40, n=30, count=300):
+def drawn(k, dtype, batch=(), m=40, n=50, count=300):
     g = torch.Generator().manual_seed(k)
     row = torch.randint(0, m // 2, (count,), generator=g) * 2  # every other row is empty
     col = torch.randint(0, n, (count,), generator=g)  # entries repeat
@@ -241,12 +241,14 @@ def test_torch_keeps_what_it_is_as_fast_at(k, dtype, calls):
     assert not calls
 
 
-def test_little_work_is_left_to_torch(calls, monkeypatch):
-    S, U, V, _ = drawn(8, F64)
-    for least, taken in ((S.nnz_unique * 8, True), (S.nnz_unique * 8 + 1, False)):
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_little_work_is_left_to_torch(batch, calls, monkeypatch):
+    S, U, V, _ = drawn(8, F64, batch)
+    work = U.shape[:-2].numel() * S.nnz_unique * 8
+    for least, taken in ((work, True), (work + 1, False)):
         monkeypatch.setattr(fused, "LEAST", least)
         calls.clear()
-        sddmm(S, U, V, batched=False)
+        sddmm(S, U, V, batched=bool(batch))
         assert bool(calls) == taken
 
 
