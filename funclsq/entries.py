@@ -11,18 +11,9 @@ from torch import Tensor
 
 from funclsq import fused, spare
 from funclsq.pattern import SparsityPattern
-from funclsq.products import (
-    FEW_PARTS,
-    FEW_SINGLE,
-    FEW_TERMS,
-    csr_tensor,
-    sddmm_csr,
-    sddmm_few,
-)
+from funclsq.products import FEW_PARTS, csr_tensor, few_terms, sddmm_csr, sddmm_few
 
 __all__ = ["csr_to_entries", "entries_to_csr", "sddmm"]
-
-_SINGLE = frozenset({torch.float32, torch.complex64})
 
 
 def entries_to_csr(pattern: SparsityPattern, values: Tensor) -> Tensor:
@@ -55,7 +46,7 @@ def sddmm(pattern: SparsityPattern, U: Tensor, V: Tensor, batched: bool) -> Tens
     )
     if one_pass is not None:
         out = one_pass
-    elif U.shape[-1] <= (FEW_SINGLE if U.dtype in _SINGLE else FEW_TERMS) and on_cpu:
+    elif U.shape[-1] <= few_terms(U.dtype) and on_cpu:
         rows, cols = (pattern.tensor(name, U.device) for name in ("csr_rows", "indices"))
         out = sddmm_few(rows, cols, U, V)
     elif U.ndim == 2:

@@ -6,13 +6,13 @@ reads a number (``products.sddmm_csr``). One thread, by torch over by the loop, 
 a batch of 160,000 to 960,000 entries:
 
     columns           1        2        4        5        8       16       64      128
-    float64     0.8-1.2  2.2-2.6  2.9-3.4  6.1-7.5  4.8-7.5  3.6-6.7  1.3-3.0  1.1-1.8
-    complex128  1.2-2.0  2.8-3.4  3.6-3.9  2.2-2.7  2.2-2.7  1.5-2.0  1.1-1.5  1.2-1.4
-    float32     0.6-1.1  1.8-2.1  about 1 and less from here on
-    complex64   0.8-0.9  1.4-1.7
+    float64     0.8-1.2  1.8-2.7  1.9-2.4  6.1-7.5  4.8-7.5  3.6-6.7  1.3-3.0  1.1-1.8
+    complex128  1.2-2.0  2.2-3.0  2.6-3.0  2.2-2.7  2.2-2.7  1.5-2.0  1.1-1.5  1.2-1.4
+    float32     0.6-1.1  1.3-2.1  about 1 and less from here on
+    complex64   0.8-0.9  1.3-1.7  1.2-1.6  about 1
 
 What the loop does not gain is left to torch. Equal to rounding, and real numbers of up to
-``FEW_TERMS`` columns to the last digit.
+four columns to the last digit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from funclsq import spare
-from funclsq.products import FEW_SINGLE, FEW_TERMS
+from funclsq.products import few_terms
 
 __all__ = ["sampled"]
 
@@ -49,22 +49,26 @@ def sampled(indptr: Tensor, indices: Tensor, U: Tensor, V: Tensor) -> Tensor | N
     work = members * indices.shape[0] * k
     if U.device.type != "cpu" or work < LEAST:
         return None
-    if k == 1 or (k > FEW_SINGLE and U.dtype not in DOUBLE):
+    few = k <= few_terms(U.dtype)
+    if k == 1 or not (few or U.dtype in DOUBLE):
         return None
     loops = _loops()
     if loops is None:
         return None
-    Vh = V.conj()
-    u, v = (_array(t).reshape(members, *t.shape[-2:]) for t in (U, Vh))
+    loop = loops.sample_few if few else loops.sample_many
+    u, v = (_array(t.mT if few else t) for t in (U, V.conj()))
     out = spare.empty((members, indices.shape[0]), U.dtype)
-    loop = loops.sample_few if k <= FEW_TERMS else loops.sample_many
     arguments = indptr.numpy(), indices.numpy(), u, v, out.numpy()
     _by_rows(functools.partial(loop, *arguments), arguments[0], work)
     return out.view(*U.shape[:-2], -1)
 
 
 def _array(t: Tensor) -> np.ndarray:
-    return t.detach().resolve_conj().resolve_neg().contiguous().numpy()
+    """A block, or one for each member, as a stack of blocks in the order of their indices."""
+    a = np.ascontiguousarray(
+        t.detach().resolve_conj().resolve_neg().numpy()
+    )  # torch: twice as long
+    return a.reshape(-1, *a.shape[-2:])
 
 
 @functools.cache

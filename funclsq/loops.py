@@ -26,31 +26,31 @@ def _compiled(**options: Any) -> Callable[[Callable[..., None]], Any]:
 
 @_compiled()  # nothing reordered or contracted: the digits of one operation after another
 def sample_few(indptr, indices, U, Vh, out, start, stop):
-    """Sampled outer products of members, for rows start to stop; U (b, m, k), Vh (b, n, k).
+    """Sampled outer products of members, for rows start to stop; U (b, k, m), Vh (b, k, n).
 
-    There are two columns or more.
+    There are two columns or more, each in one piece.
     """
-    members, _, k = U.shape
+    members, k, _ = U.shape
     for member in range(members):
         u, v, entries = U[member], Vh[member], out[member]
         for i in range(start, stop):
             if k == 2:
-                u0, u1 = u[i, 0], u[i, 1]
+                u0, u1 = u[0, i], u[1, i]
                 for e in range(indptr[i], indptr[i + 1]):
                     j = indices[e]
-                    entries[e] = u0 * v[j, 0] + u1 * v[j, 1]
+                    entries[e] = u0 * v[0, j] + u1 * v[1, j]
             else:
                 for e in range(indptr[i], indptr[i + 1]):
                     j = indices[e]
-                    total = u[i, 0] * v[j, 0]
+                    total = u[0, i] * v[0, j]
                     for c in range(1, k):
-                        total += u[i, c] * v[j, c]
+                        total += u[c, i] * v[c, j]
                     entries[e] = total
 
 
 @_compiled(fastmath={"reassoc", "contract"})  # sums in the width of the machine's registers
 def sample_many(indptr, indices, U, Vh, out, start, stop):
-    """The same for many columns."""
+    """The same for many columns: U (b, m, k), Vh (b, n, k)."""
     members, _, k = U.shape
     zero = np.zeros(1, U.dtype)[0]
     for member in range(members):

@@ -174,6 +174,9 @@ class SparseOp:
             else:
                 square = spare.product(values, values)
             least, largest = torch.aminmax(out.index_add_(-1, index, square))
+            if least == 0:  # of a column without entries: nothing was lost there
+                starts = self.pattern.tensor("t_indptr", self.device)
+                least = out.masked_fill(starts[1:] == starts[:-1], torch.inf).amin()
             safe = torch.finfo(out.dtype).tiny ** 0.5
             if float(least) > safe and float(largest) < 1 / safe:  # then no square was lost
                 return out.sqrt_()

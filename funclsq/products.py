@@ -13,14 +13,23 @@ from torch import Tensor
 
 from funclsq import spare
 
-__all__ = ["FEW_PARTS", "FEW_SINGLE", "FEW_TERMS", "csr_mm", "csr_tensor", "sddmm_csr", "sddmm_few"]
+__all__ = [
+    "FEW_PARTS",
+    "FEW_SINGLE",
+    "FEW_TERMS",
+    "csr_mm",
+    "csr_tensor",
+    "few_terms",
+    "sddmm_csr",
+    "sddmm_few",
+]
 
 COLUMN_BLOCK = 8  # columns at a time where more would not stay in the cache, and their multiples
 CACHE = 3 << 20  # bytes of X that do
 LARGE = 1 << 20  # bytes of a result from which on memory that was used before is looked for
 SMALL_WORK = 1 << 18  # nnz x columns below which the cost of a call outweighs that
 FEW_TERMS = 4  # columns up to which gathering them one by one is 2 to 3 times faster
-FEW_SINGLE = 2  # the same in single precision
+FEW_SINGLE = 2  # the same in float32
 FEW_PARTS = 16  # columns up to which complex64 is faster as its real and imaginary parts
 WIDTH = 8  # columns below which torch's sampled product is slow in float32: up to 14 times
 _lock = threading.Lock()
@@ -81,6 +90,11 @@ def _room(shape: tuple[int, ...], X: Tensor) -> Tensor:
     if X.device.type == "cpu":
         return spare.empty(shape, X.dtype)
     return X.new_empty(shape)
+
+
+def few_terms(dtype: torch.dtype) -> int:
+    """Columns up to which ``sddmm_few`` is faster than ``sddmm_csr``."""
+    return FEW_SINGLE if dtype == torch.float32 else FEW_TERMS
 
 
 def sddmm_csr(matrix: Tensor, U: Tensor, V: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ EQUIVALENT: dict[str, str] = {
     "nullspace._in_steps off by one: range(2)": "a third projection takes nothing more away",
     "nnz_unique twin: self.indices": "A and its transpose store as many entries",
     "comparison flipped: U.shape[-1] <= ": "both ways give the same but for rounding",
-    "branches swapped: FEW_SINGLE if ": "both ways give the same but for rounding",
+    "few_terms branches swapped: FEW_SINGLE if ": "both ways give the same but for rounding",
     "sign flipped: WIDTH - t.shape[1]": "columns of zeros, of which more do no harm",
     "term dropped: WIDTH - t.shape[1]": "columns of zeros, of which more do no harm",
     "fused._pool sign flipped: threads - 1": "threads more or less take more or less time",

@@ -15,7 +15,7 @@ import torch
 import funclsq as fl
 from funclsq import fused
 from funclsq.entries import sddmm
-from funclsq.products import FEW_SINGLE, FEW_TERMS
+from funclsq.products import FEW_SINGLE, FEW_TERMS, few_terms
 
 numba = pytest.importorskip("numba")
 
@@ -65,7 +65,7 @@ def test_values_are_those_of_the_definition_and_of_torch(k, dtype, batch, calls,
     S, U, V, (row, col) = drawn(k, dtype, batch)
     found = sddmm(S, U, V, batched=bool(batch))
     double = dtype in (torch.float64, torch.complex128)
-    assert bool(calls) == (double or k <= FEW_SINGLE)
+    assert bool(calls) == (double or k <= few_terms(dtype))
     wide = torch.complex128 if dtype.is_complex else F64
     u, v = U.to(wide)[..., row, :], V.to(wide)[..., col, :]
     size = (u.abs() * v.abs()).sum(-1)
