@@ -35,7 +35,7 @@ from funclsq.products import few_terms
 
 __all__ = ["sampled"]
 
-LEAST = 1 << 17  # products (entries x columns) below which there is little to gain: 0.2 ms
+LEAST = 1 << 16  # products (entries x columns) below which there is little to gain: 0.1 ms
 SHARE = 1 << 19  # products for each thread
 DOUBLE = frozenset({torch.float64, torch.complex128})
 

@@ -12,6 +12,7 @@ for _name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import argparse
+import importlib.metadata
 import json
 import platform
 import time
@@ -22,11 +23,24 @@ import scipy
 import torch
 
 from tests.benchmarks import batches, factors, plots, scaling, suite, tables
+from tests.benchmarks.adjoints import adjoints
 from tests.benchmarks.iteration import bandwidth, beyond_products, iteration
 from tests.benchmarks.peers import CONTESTANTS
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "assets" / "benchmarks"
-SECTIONS = ("main", "batch", "reuse", "memory", "iteration", "products", "scaling")
+SECTIONS = ("main", "adjoints", "batch", "reuse", "memory", "iteration", "products", "scaling")
+ADJOINTS = (
+    "random",
+    "grid",
+    "grid-160k",
+    "bundle",
+    "one-hot",
+    "terrain",
+    "m3500",
+    "bal-49",
+    "landmark",
+    "insteval",
+)
 QUICK = ("random", "grid", "well1033")
 FULL = (
     "random",
@@ -92,6 +106,9 @@ def main() -> None:
             ]
             results["main"] = kept + new
             save()
+    if "adjoints" in a.only:
+        results["adjoints"] = adjoints(ADJOINTS[:2] if quick else ADJOINTS, n)
+        save()
     if "batch" in a.only:
         results["batch"] = batches.compare_batches(100 if quick else 1000, n)
         save()
@@ -130,7 +147,15 @@ def _machine() -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "scipy": scipy.__version__,
+        **{name: _version(name) for name in ("rslab", "numba", "jax", "scikit-sparse")},
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
 
 
 if __name__ == "__main__":

@@ -191,11 +191,23 @@ def auto_table(rows: list[Row]) -> str:
     return table(head, lines)
 
 
+def adjoint_table(rows: list[Row]) -> str:
+    """Forward and backward pass, and their ratio run by run."""
+    lines = []
+    for row in rows:
+        times = [duration(statistics.median(row[name])) for name in ("forward", "backward")]
+        middle, low, high = ratios(row["backward"], row["forward"])
+        lines.append([row["title"], row["way"], *times, f"{middle:.2g} ({low:.2g}-{high:.2g})"])
+    return table(["problem", "solver", "forward", "backward", "backward / forward"], lines)
+
+
 def write(results: dict[str, Any], folder: Path) -> None:
     """Write each table as a file of its own."""
     rows = results.get("main", [])
     pages = {"main": main_tables(rows), "auto": auto_table(rows)}
     pages["targets"] = target_table(rows + results.get("batch", []))
+    if results.get("adjoints"):
+        pages["adjoints"] = adjoint_table(results["adjoints"])
     if results.get("batch"):
         pages["batch"] = plain_table(results["batch"], "funclsq, vmap")
     if results.get("reuse"):
