@@ -109,32 +109,13 @@ def test_column_norms_of_nothing(shape, batch):
 
 
 @pytest.mark.parametrize("k", [0, 1, 7, 8, 9, 16, 21])
-@pytest.mark.parametrize("work", [1, 1 << 18])
-def test_products_in_blocks_of_columns(k, work, monkeypatch):
-    monkeypatch.setattr(products, "SMALL_WORK", work)
-    monkeypatch.setattr(products, "CACHE", work)  # 1: blocks of eight columns
+def test_products_with_any_number_of_columns(k):
     op = _sparse(())
     X = _draw(N, k)
     out = torch.full((M, k), torch.nan, dtype=X.dtype)
     assert products.csr_mm(op.matrix(), X, out) is out
     for got in (out, products.csr_mm(op.matrix(), X)):
         torch.testing.assert_close(got, op.dense() @ X)
-
-
-@pytest.mark.parametrize(("columns", "widths"), [(7, [8] * 5), (17, [16, 16, 8]), (40, [40])])
-def test_blocks_of_columns_are_those_that_fit_the_cache(columns, widths, monkeypatch):
-    monkeypatch.setattr(products, "SMALL_WORK", 1)
-    monkeypatch.setattr(products, "CACHE", columns * N * 16 + 1)  # of complex numbers
-    seen, plain = [], torch.mm
-
-    def mm(A, X):
-        seen.append(X.shape[1])
-        return plain(A, X)
-
-    monkeypatch.setattr(torch, "mm", mm)
-    op, X = _sparse(()), _draw(N, 40)
-    torch.testing.assert_close(products.csr_mm(op.matrix(), X), op.dense() @ X)
-    assert seen == widths
 
 
 def test_a_zero_column_is_not_scaled():

@@ -90,8 +90,6 @@ def test_eight_pieces_of_a_quarter_gibibyte_in_all_are_kept():
 def test_a_large_product_lies_in_memory_that_was_used(k, dtype, monkeypatch):
     """And reads nothing of what was there before."""
     monkeypatch.setattr(spare, "_SMALL", 0)
-    monkeypatch.setattr(products, "CACHE", 1)  # blocks of eight columns
-    monkeypatch.setattr(products, "SMALL_WORK", 1)
     A = torch.randn(30, 20, dtype=dtype)
     A[torch.rand(30, 20) < 0.7] = 0
     A[3] = 0
