@@ -13,8 +13,10 @@ from torch import Tensor
 
 __all__ = ["column_norms", "column_sizes"]
 
-_PART = 256  # rows added up before parts are added to each other
+_ABREAST = 32  # rows added up side by side: few columns fill no vector register
+_PART = 64 * _ABREAST  # rows added up before parts are added to each other
 _MANY = 8  # real columns from which on memory order pays
+_MUCH = 1 << 17  # entries in all from which on it pays for 2 to 7
 _SHORT = 4096  # entries in all below which the cost of a call outweighs that of reading one column
 
 
@@ -27,7 +29,9 @@ def column_norms(v: Tensor) -> Tensor:
         return torch.linalg.vector_norm(v, dim=-2)
     k = v.shape[-1]
     flat = torch.view_as_real(v.resolve_conj()).flatten(-2) if v.is_complex() else v
-    squares = (flat * flat).sum(-2) if flat.shape[-1] < _MANY else _squares(flat)
+    rows, wide = flat.shape[-2:]
+    few = wide < _MANY and (rows * wide < _MUCH or not flat.is_contiguous())
+    squares = (flat * flat).sum(-2) if wide == 1 or few else _squares(flat)
     if v.is_complex():
         squares = squares.unflatten(-1, (k, 2)).sum(-1)
     return squares.sqrt_()
@@ -35,13 +39,14 @@ def column_norms(v: Tensor) -> Tensor:
 
 def _squares(v: Tensor) -> Tensor:
     a = v.detach().numpy()
-    m = a.shape[-2]
+    m, k = a.shape[-2:]
     whole = m - m % _PART
     rest = a[..., whole:, :]
     out = np.einsum("...ij,...ij->...j", rest, rest)
     if whole:
-        parts = a[..., :whole, :].reshape(*a.shape[:-2], -1, _PART, a.shape[-1])
-        out += np.einsum("...ij,...ij->...j", parts, parts).sum(-2)
+        parts = a[..., :whole, :].reshape(*a.shape[:-2], -1, _PART // _ABREAST, _ABREAST * k)
+        sums = np.einsum("...ij,...ij->...j", parts, parts).sum(-2)
+        out += sums.reshape(*sums.shape[:-1], _ABREAST, k).sum(-2)
     return torch.from_numpy(out)
 
 

@@ -23,6 +23,8 @@ from funclsq.norms import column_norms, column_sizes
         (300, 7),
         (1000, 8),
         (3, 513, 40),
+        (5000, 12),
+        (2, 70_001, 2),
         (3, 2000, 1),
     ],
 )

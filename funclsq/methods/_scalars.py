@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from funclsq.methods import _columns
 from funclsq.norms import column_norms
 from funclsq.range import safe_norm, scaled_norm
 
@@ -149,15 +150,15 @@ class ArrayScalars:
 
     def scale(self, y: Tensor, a: np.ndarray) -> None:
         """Y <- y diag(a)."""
-        y.mul_(self._coefficient(a, y))
+        _columns.scale(y, self._coefficient(a, y))
 
     def axpy(self, y: Tensor, a: np.ndarray, x: Tensor) -> None:
         """Y <- y + x diag(a)."""
-        y.addcmul_(x, self._coefficient(a, y))
+        _columns.axpy(y, self._coefficient(a, y), x)
 
     def xpay(self, y: Tensor, x: Tensor, a: np.ndarray) -> None:
         """Y <- x + y diag(a)."""
-        torch.addcmul(x, y, self._coefficient(a, y), out=y)
+        _columns.xpay(y, x, self._coefficient(a, y))
 
     def live(self, a: np.ndarray) -> np.ndarray:
         """Return the coefficients, zero for frozen columns."""
