@@ -206,7 +206,7 @@ def test_a_trial_is_given_up_sooner_while_what_remains_does_not_get_less():
 def test_derivatives_to_come_weigh_for_a_factor():
     """The same matrix, with a loose tolerance: iterated on for x alone, factored for a gradient."""
     A = _random(4200, 700, 5, seed=2)
-    A = sp.hstack([A, A + _random(4200, 700, 5, seed=3) / 4]).tocsr()
+    A = sp.hstack([A, A + _random(4200, 700, 5, seed=3) / 7]).tocsr()
     S, b = fl.SparsityPattern(*A.tocoo().coords, A.shape), _sizes(A)
     fresh = (torch.from_numpy(A.data * (1 + i / 64)) for i in range(10))
 
@@ -257,6 +257,13 @@ def test_no_trial_is_made_where_random_entries_would_take_too_many(products):
         x.sum().backward()
         counts.append(len(products))
     assert counts[0] == counts[1] > 0
+
+
+def test_a_step_on_more_columns_costs_more_and_less_for_each():
+    price = Price(_op(_random(4000, 400, 6)), None)
+    costs = [price.columns(k) for k in (1, 2, 8, 64)]
+    assert costs[0] == 1.0 and costs == sorted(costs)
+    assert costs[3] / 64 < costs[2] / 8 < costs[1] / 2
 
 
 def test_a_dense_factor_is_dearer_where_iterations_are_many():

@@ -151,8 +151,8 @@ class PreparedAuto:
     def _dear(self, rhs: Tensor | None) -> bool:
         """Whether so many columns cost more by lsmr than by a factor yet to be made."""
         assert rhs is not None
-        price = Price(self._op, self._options.backend).after(self._steps)
-        return _columns(rhs.shape[-1]) * self._steps > 2 * price
+        price = Price(self._op, self._options.backend)
+        return price.columns(rhs.shape[-1]) * self._steps > 2 * price.after(self._steps)
 
     def _trial(self, c: Tensor, g: Tensor | None) -> Raw | None:
         """Some iterations of lsmr on few right-hand sides; kept if they suffice.
@@ -162,8 +162,8 @@ class PreparedAuto:
         """
         if g is not None:
             return None
-        share = _columns(c.shape[-1])
         price = Price(self._op, self._options.backend)
+        share = price.columns(c.shape[-1])
         options = dataclasses.replace(self._options, callback=None, progress=False)
         trial = prepare_lsmr(self._op, self._damp, options, self._full_rank)
         tall = self._op.shape[0] >= self._op.shape[1] or self._damp is not None
@@ -275,11 +275,6 @@ def _fewest(shape: tuple[int, int], goal: float, damped: bool) -> float:
     gain = 0.5 * math.log(large / small)
     random = math.log(2 / goal) / gain if gain else math.inf
     return min(max(random, 2.0 * CHECK_EVERY), MOST_LIKELY)
-
-
-def _columns(k: int) -> float:
-    """Cost of a step of lsmr on k columns, to that on one."""
-    return 1.0 if k <= 1 else 1.5 + 0.4 * k
 
 
 def _converged(status: Tensor) -> bool:
