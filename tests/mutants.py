@@ -121,8 +121,15 @@ AREAS = {
             "entries": (),
             "operators": (),
             "sparse": (),
+            "methods._columns": (),
         },
-        ("test_operators.py", "test_structure.py", "test_spare.py", "test_fused.py"),
+        (
+            "test_operators.py",
+            "test_structure.py",
+            "test_spare.py",
+            "test_fused.py",
+            "test_columns.py",
+        ),
     ),
     "bridge": Area(
         {
