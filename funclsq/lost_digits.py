@@ -72,24 +72,35 @@ def recovered(
     elif op.shape[0] >= op.shape[1]:
         return x, s
     root = None if w is None else w.sqrt().unsqueeze(-1)
-    if entry.size is None:
-        entry.size = _size(op, root)
-    size, eps = entry.size, torch.finfo(d2.dtype).eps
+    eps = torch.finfo(d2.dtype).eps
 
     def length(s: Tensor) -> Tensor:
         return column_norms(s if root is None else root * s).double()
 
-    def least(s: Tensor) -> Tensor:
-        return length(s) + given / size
-
     def back(s: Tensor) -> Tensor:
         return op.rmv(s if root is None else root * (root * s))
 
-    share = (eps * size * column_norms(x).double() / least(s)).nan_to_num(0.0, posinf=0.0)
+    def lost(size: Tensor) -> Tensor:
+        """The part of s that rounding takes; it grows with the size of A."""
+        return eps * size * xnorm / (snorm + given / size)
+
+    xnorm, snorm = column_norms(x).double(), length(s)
+    wanted = max(eps, plan.options.atol or 0.0, plan.options.btol or 0.0)
+    most = _LOST * wanted if op.shape[0] < op.shape[1] else max(eps**0.5, wanted)
+    if entry.size is None:
+        bound = _bound(op, root)
+        if bound is not None and bool((lost(bound) <= most).all()):
+            return x, s
+        entry.size = _size(op, root)
+    size = entry.size
+
+    def least(s: Tensor) -> Tensor:
+        return length(s) + given / size
+
+    share = lost(size).nan_to_num(0.0, posinf=0.0)
     if c is None:
         share = torch.where(suspect, share, 0.0)
-    wanted = max(eps, plan.options.atol or 0.0, plan.options.btol or 0.0)
-    lossy = share > (_LOST * wanted if op.shape[0] < op.shape[1] else max(eps**0.5, wanted))
+    lossy = share > most
     if not bool(lossy.any()):
         return x, s
     change, chosen = share, lossy.unsqueeze(-2)
@@ -121,6 +132,18 @@ def _warn(worst: float, g: Tensor | None) -> None:
             AccuracyWarning,
             stacklevel=2,
         )
+
+
+def _bound(op: Any, root: Tensor | None) -> Tensor | None:
+    """No less than ``_size``, by one pass over the entries; None where it takes more."""
+    values = getattr(op, "csr_values", None)
+    if values is None:
+        return None
+    bound = torch.linalg.vector_norm(values, dim=-1, keepdim=True).double()
+    low, high = (1e-140, 1e140) if values.real.dtype == torch.float64 else (1e-15, 1e15)
+    if not bool(((bound > low) & (bound < high)).all()):
+        return None
+    return bound if root is None else bound * root.squeeze(-1).amax(-1, keepdim=True).double()
 
 
 def _size(op: Any, root: Tensor | None) -> Tensor:

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import funclsq as fl
-from funclsq.lost_digits import _size, recovered
-from funclsq.operators import DenseOp
+from funclsq import lost_digits
+from funclsq.lost_digits import _bound, _size, recovered
+from funclsq.operators import DenseOp, SparseOp
 
 F64 = torch.float64
 SOLVERS = ["qr", "svd", "cholesky", "lsmr", "lsqr", "cgls"]
@@ -38,6 +39,39 @@ def test_the_size_of_the_longest_column(batch, n):
     for weights, scaled in ((None, A), (root, root * A)):
         want = scaled.double().norm(dim=-2).amax(-1, keepdim=True)
         torch.testing.assert_close(_size(DenseOp(A), weights), want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.complex128])
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_the_size_is_bounded_by_one_pass_over_sparse_values(batch, dtype):
+    A = torch.randn(5, 4, dtype=F64) * (torch.rand(5, 4) < 0.7)
+    A[0, 0] = 1.0
+    pattern, values = fl.SparsityPattern(*A.nonzero().T, (5, 4)), A[A != 0].to(dtype)
+    values = torch.stack([values, 3 * values]) if batch else values
+    root = torch.linspace(0.1, 2.0, 5, dtype=values.real.dtype).sqrt()[:, None]
+    for weights in (None, root, root.expand(*batch, 5, 1)):
+        op = SparseOp(pattern, values)
+        bound, size = _bound(op, weights), _size(op, weights)
+        assert bound.shape == size.shape and bound.dtype == size.dtype
+        assert bool((bound >= size * (1 - 1e-6)).all() and (bound < 20 * size).all())
+    assert _bound(DenseOp(A), None) is None
+    for beyond in (1e-160, 1e160, 0.0) if dtype != torch.float32 else (1e-30, 1e30, 0.0):
+        assert _bound(SparseOp(pattern, values * beyond), None) is None
+
+
+@pytest.mark.parametrize("damp", [1e-1, 1e-5])
+def test_column_norms_are_taken_where_digits_may_be_lost(damp, monkeypatch):
+    """A null space of the columns shows in D^2 x, so that digits are asked for."""
+    A, b, x_bar = _data(9, 6, rank=4)
+    seen = []
+    size = lost_digits._size
+    monkeypatch.setattr(lost_digits, "_size", lambda *a: seen.append(1) or size(*a))
+    A.requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fl.AccuracyWarning)
+        x = fl.lstsq(A.to_sparse_csr(), b, damp=damp, solver="cholesky")
+        x.backward(x_bar)
+    assert bool(seen) is (damp < 1e-3)
 
 
 def _by_rows(A, b, damp, weights=None):
