@@ -62,6 +62,7 @@ class Entry:
     shift: Tensor | None = None  # the method was prepared for 2^shift [W^(1/2) A; D]
     checked: bool = False  # the data was tested for NaN and Inf
     size: Tensor | None = None  # about that of W^(1/2) A, once it was asked for
+    bound: Tensor | None = None  # no less than that
     number: int = 0
     found_by: Any = None
     own_bytes: int = 0

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from funclsq.errors import AccuracyWarning
 from funclsq.norms import column_norms
+from funclsq.range import within
 
 __all__ = ["recovered"]
 
@@ -88,8 +89,9 @@ def recovered(
     wanted = max(eps, plan.options.atol or 0.0, plan.options.btol or 0.0)
     most = _LOST * wanted if op.shape[0] < op.shape[1] else max(eps**0.5, wanted)
     if entry.size is None:
-        bound = _bound(op, root)
-        if bound is not None and bool((lost(bound) <= most).all()):
+        if entry.bound is None:
+            entry.bound = _bound(op, root)
+        if entry.bound is not None and bool((lost(entry.bound) <= most).all()):
             return x, s
         entry.size = _size(op, root)
     size = entry.size
@@ -137,12 +139,11 @@ def _warn(worst: float, g: Tensor | None) -> None:
 def _bound(op: Any, root: Tensor | None) -> Tensor | None:
     """No less than ``_size``, by one pass over the entries; None where it takes more."""
     values = getattr(op, "csr_values", None)
-    if values is None:
+    if values is None or values.numel() == 0:
         return None
     bound = torch.linalg.vector_norm(values, dim=-1, keepdim=True).double()
-    low, high = (1e-140, 1e140) if values.real.dtype == torch.float64 else (1e-15, 1e15)
-    if not bool(((bound > low) & (bound < high)).all()):
-        return None
+    if not within((float(bound.amin()), float(bound.amax())), values.dtype):
+        return None  # squares may have left the range
     return bound if root is None else bound * root.squeeze(-1).amax(-1, keepdim=True).double()
 
 

@@ -51,7 +51,7 @@ def csr_mm(matrix: Tensor, X: Tensor, out: Tensor | None = None) -> Tensor:
     A large result lies in memory that was used before: with fresh memory a product of 20,000 x
     2,000 and 64 columns takes 23 ms, of which 17 are the system's for handing it out. All columns
     go at once: by 8, 16 or 32 at a time, which fit the cache better, it takes 1.0 to 3 times as
-    long (16 to 200 columns, 160,000 to 10,000,000 entries).
+    long, and up to 5 times in complex numbers (16 to 200 columns, 160,000 to 10,000,000 entries).
 
     Cost: 2 nnz k flops.
     """

@@ -266,6 +266,13 @@ def test_a_step_on_more_columns_costs_more_and_less_for_each():
     assert costs[3] / 64 < costs[2] / 8 < costs[1] / 2
 
 
+def test_a_price_is_the_same_once_the_normal_matrix_is_known():
+    op = _op(_grid(60))
+    first = Price(op, None)
+    assert not first.exact
+    assert first.settle() == Price(op, None).settle()
+
+
 def test_a_dense_factor_is_dearer_where_iterations_are_many():
     """It is in double precision there, after one in single precision has been made."""
     price = Price(_op(_random(6000, 3000, 6, seed=3)), None)

@@ -55,6 +55,7 @@ def test_the_size_is_bounded_by_one_pass_over_sparse_values(batch, dtype):
         assert bound.shape == size.shape and bound.dtype == size.dtype
         assert bool((bound >= size * (1 - 1e-6)).all() and (bound < 20 * size).all())
     assert _bound(DenseOp(A), None) is None
+    assert _bound(SparseOp(pattern, values.new_zeros(0, pattern.nnz)), None) is None
     for beyond in (1e-160, 1e160, 0.0) if dtype != torch.float32 else (1e-30, 1e30, 0.0):
         assert _bound(SparseOp(pattern, values * beyond), None) is None
 
@@ -337,7 +338,7 @@ def test_a_column_without_suspicion_is_left_alone():
     s = A @ x
     options = SimpleNamespace(atol=None, btol=None)
     plan = SimpleNamespace(options=options, on_failure="ignore")
-    entry = SimpleNamespace(op=DenseOp(A), size=None)
+    entry = SimpleNamespace(op=DenseOp(A), size=None, bound=None)
 
     def inverse(entry, w, q, tolerance):
         return torch.ones_like(x), torch.ones_like(s)

@@ -87,6 +87,7 @@ class Price:
         """Lay the factor out (once per pattern) where the backend tells its size."""
         if not self.exact:
             gram = gram_of(sparse_part(self._pattern))
+            self._normal = gram.nnz  # and not an estimate, so that every call reckons alike
             symbolic = analysis(gram, self._name, self._dtype, None)
             work = getattr(symbolic, "work", None)
             if isinstance(symbolic, dense.Symbolic):
