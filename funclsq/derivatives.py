@@ -59,7 +59,7 @@ from torch import Tensor
 
 from funclsq.batching import vmap_solve
 from funclsq.beneath import beneath, tracing
-from funclsq.forward_mode import nested_forward_mode, primals, transformed
+from funclsq.forward_mode import nested_forward_mode, primals, unrecorded
 from funclsq.function import Function
 from funclsq.matrix import matmul, matmul_dot, outer, reduce_batch, rmatmul, rmatmul_dot
 from funclsq.opaque import solve_op
@@ -129,6 +129,8 @@ def solve(
     primary: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """S(A, w, d2; c, g) -> (x, A x - c, info), differentiable in every tensor but gate."""
+    if unrecorded():
+        return solve_op(params, w, d2, c, g, gate, plan.handle, primary, True)
     face = _ReverseSolve if torch.compiler.is_compiling() else _Solve
     return face.apply(plan, primary, w, d2, c, g, gate, *params)
 
@@ -260,7 +262,7 @@ def _image_of_inverse(plan, w, d2, v, gate, params):
     Where nothing records and no transform watches (a backward pass inside forward mode has a
     tangent to carry), by the cheaper solve that does not give G^+ v itself.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
+    if not unrecorded():
         return solve(plan, w, d2, None, v, gate, params)[1]
     _, image, info = solve_op(params, w, d2, None, v, gate, plan.handle, False, False)
     return None if _is_zero(info[..., 0] != Status.SKIPPED) else image

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as fwAD
 
-__all__ = ["nested_forward_mode", "primals", "transformed"]
+__all__ = ["nested_forward_mode", "primals", "transformed", "unrecorded"]
 
 
 def nested_forward_mode():
@@ -27,3 +27,8 @@ def primals(ctx) -> list[Any]:
 def transformed() -> bool:
     """Whether a level of forward mode or of torch.func is active."""
     return fwAD._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def unrecorded() -> bool:
+    """Whether nothing is recorded or transformed: an operator does without its derivative rule."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed())

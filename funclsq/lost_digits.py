@@ -66,8 +66,13 @@ def recovered(
     """
     op, D2 = entry.op, d2.unsqueeze(-1)
     given = 0.0 if g is None else column_norms(g).double()
+    found = None
     if c is None:  # a large x comes from a null space, or from small singular values alone
-        suspect = column_norms(D2 * x) > _PART * given
+        if d2.shape[-1] == 1:
+            found = column_norms(x)
+            suspect = d2 * found > _PART * given
+        else:
+            suspect = column_norms(D2 * x) > _PART * given
         if not bool(suspect.any()):
             return x, s
     elif op.shape[0] >= op.shape[1]:
@@ -85,7 +90,8 @@ def recovered(
         """The part of s that rounding takes; it grows with the size of A."""
         return eps * size * xnorm / (snorm + given / size)
 
-    xnorm, snorm = column_norms(x).double(), length(s)
+    xnorm = (column_norms(x) if found is None else found).double()
+    snorm = length(s)
     wanted = max(eps, plan.options.atol or 0.0, plan.options.btol or 0.0)
     most = _LOST * wanted if op.shape[0] < op.shape[1] else max(eps**0.5, wanted)
     if entry.size is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from funclsq import matrix_free
 from funclsq.batching import vmap_sddmm, vmap_spmm
-from funclsq.forward_mode import nested_forward_mode, primals
+from funclsq.forward_mode import nested_forward_mode, primals, unrecorded
 from funclsq.full_precision import in_full_precision
 from funclsq.function import Function
 from funclsq.opaque import sddmm_op, spmm_op
@@ -124,11 +124,15 @@ class _SDDMM(_ReverseSDDMM):
 
 
 def _spmm(values: Tensor, v: Tensor, pattern: SparsityPattern, adjoint: bool) -> Tensor:
+    if unrecorded():
+        return spmm_op(values, v, pattern.handle, adjoint)
     face = _ReverseSpMM if torch.compiler.is_compiling() else _SpMM
     return face.apply(values, v, pattern, adjoint)
 
 
 def _sddmm(pattern: SparsityPattern, U: Tensor, V: Tensor) -> Tensor:
+    if unrecorded():
+        return sddmm_op(U, V, pattern.handle)
     face = _ReverseSDDMM if torch.compiler.is_compiling() else _SDDMM
     return face.apply(U, V, pattern)
 

@@ -28,6 +28,8 @@ def column_norms(v: Tensor) -> Tensor:
     if v.device.type != "cpu":
         return torch.linalg.vector_norm(v, dim=-2)
     k = v.shape[-1]
+    if k == 1 and v.dtype == torch.float64:
+        return torch.linalg.vector_norm(v, dim=-2)
     flat = torch.view_as_real(v.resolve_conj()).flatten(-2) if v.is_complex() else v
     rows, wide = flat.shape[-2:]
     few = wide < _MANY and (rows * wide < _MUCH or not flat.is_contiguous())

@@ -305,7 +305,10 @@ class StackedOp:
             X = X.expand(self.batch, *X.shape)
         if out is None:
             out = X.new_empty((*X.shape[:-2], *(self.shape[0], X.shape[-1])))
-        out[..., :m, :] = self.op.mv(X)
+        if out.ndim == 2:
+            self.op.mv(X, out[:m])
+        else:
+            out[..., :m, :] = self.op.mv(X)
         torch.mul(self.damp.unsqueeze(-1), X, out=out[..., m:, :])
         return out
 
@@ -315,7 +318,7 @@ class StackedOp:
         if self.batch is not None and Y.ndim == 2:
             Y = Y.expand(self.batch, *Y.shape)
         X = self.op.rmv(Y[..., :m, :].contiguous())
-        return _into(X + self.damp.unsqueeze(-1) * Y[..., m:, :], out)
+        return torch.addcmul(X, self.damp.unsqueeze(-1), Y[..., m:, :], out=out)
 
     def scaled(self, row: Tensor | None = None, col: Tensor | None = None) -> Any:
         """Return [A; diag(damp)] diag(col); rows are not scaled."""

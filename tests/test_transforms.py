@@ -11,8 +11,10 @@ import torch.autograd.forward_ad as fwAD
 from cases import LAYOUTS, SOLVERS, function, leaves, operands, problem
 from oracle import bases, check, loss, minimiser, reference
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import funclsq as fl
+from funclsq.forward_mode import unrecorded
 from funclsq.raw import clear_cache, solver_calls
 
 F64 = torch.float64
@@ -497,3 +499,47 @@ def test_jacobians_of_torch_autograd_functional():
             lambda b: f(A, b), b, vectorize=vectorize, strategy=strategy
         )
         torch.testing.assert_close(J, torch.linalg.pinv(A), rtol=1e-10, atol=1e-12)
+
+
+def test_rules_are_left_out_only_where_nothing_could_use_them():
+    seen = []
+
+    def f(t):
+        seen.append(unrecorded())
+        return t * t
+
+    t = torch.ones(2, dtype=F64)
+    f(t)
+    grad(lambda t: f(t).sum())(t)
+    vmap(f)(t)
+    jvp(f, (t,), (t,))
+    with fwAD.dual_level():
+        f(t)
+    with torch.no_grad():
+        vmap(f)(t)
+        jvp(f, (t,), (t,))
+        with fwAD.dual_level():
+            f(t)
+    assert not any(seen)
+    with torch.no_grad():
+        f(t)
+    assert seen[-1]
+
+
+def test_a_trace_without_gradients_records_calls():
+    """Not what they did with the numbers at hand."""
+    S = fl.SparsityPattern([0, 1, 2, 2], [0, 1, 0, 1], (3, 2))
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=F64)
+    b = torch.tensor([1.0, -1.0, 2.0], dtype=F64)
+
+    def f(values, b):
+        with torch.no_grad():
+            x = fl.lstsq(fl.Sparse(S, values), b)
+            return x, fl.Sparse(S, values) @ x
+
+    traced = make_fx(f)(values, b)
+    for args in ((values, b), (values.flip(0), b + 1)):
+        for got, want in zip(traced(*args), f(*args)):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    names = {str(node.target) for node in traced.graph.nodes}
+    assert {"funclsq.solve.default", "funclsq.spmm.default"} <= names

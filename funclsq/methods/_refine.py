@@ -66,10 +66,13 @@ def refine(
         else:
             r = B.mv(x, out=r)
             whole = None if g is None else _norms(r)
-            q = B.rmv(torch.neg(r, out=r) if c is None else torch.sub(c, r, out=r))
+            if c is None:
+                q = B.rmv(r)
+                return torch.sub(g, q, out=q)
+            q = B.rmv(torch.sub(c, r, out=r))
         if g is None:
             return q
-        return g.clone() if q is None else q + g
+        return g.clone() if q is None else q.add_(g)
 
     def size(_: Tensor) -> np.ndarray | None:
         return whole
@@ -175,7 +178,11 @@ def _norms(v: Tensor) -> np.ndarray:
 
 def _power(dx: Tensor, q: Tensor) -> np.ndarray:
     """|B dx| where dx = (B^H B)^-1 q."""
-    return np.sqrt(np.maximum(torch.linalg.vecdot(dx, q, dim=-2).real.cpu().numpy(), 0))
+    if dx.shape == (dx.numel(), 1):  # one column: in the order of memory, half the time
+        dot = torch.vdot(dx.squeeze(1), q.squeeze(1)).unsqueeze(0)
+    else:
+        dot = torch.linalg.vecdot(dx, q, dim=-2)
+    return np.sqrt(np.maximum(dot.real.cpu().numpy(), 0))
 
 
 def _conjugate_gradients(B: Operator, rough: Rough, q: Tensor) -> Tensor:
