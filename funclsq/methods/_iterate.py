@@ -174,6 +174,25 @@ def _name(status: Status, targets: Targets) -> Status:
     }[status]
 
 
+@dataclasses.dataclass
+class _Block:
+    """What is known of the columns that are iterated on, arrays (..., k)."""
+
+    columns: np.ndarray  # (k,), their places in the whole
+    outer: np.ndarray  # as in Tests
+    goal: np.ndarray
+    floor: np.ndarray
+    limit: np.ndarray
+    best: np.ndarray  # least ||A^H r||
+    since: np.ndarray  # the step that it is of
+    running: np.ndarray
+
+    def keep(self, chosen: np.ndarray) -> None:
+        """Drop all but these."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name)[..., chosen])
+
+
 def _iterate_block(
     state: Any, scalars: Scalars, targets: Targets, maxiter: int, report: Report | None
 ) -> Run:
@@ -187,13 +206,11 @@ def _iterate_block(
         np.zeros(shape),
         np.ones(shape),
     )
-    columns = np.arange(k)  # of the block, still iterated on
     rnorm, first, out.anorm[...] = scalars.all_to_host(state.rnorm, state.arnorm, state.anorm)
     scalars.told(rnorm, first, out.anorm)
     start = first <= targets.atol * out.anorm * np.fmax(targets.rnorm, rnorm)
     out.status[start] = int(Status.START_SOLVES)
-    scalars.freeze(out.status == _RUNNING)
-    best, since = np.full(shape, np.inf), np.zeros(shape, dtype=np.int64)
+    scalars.freeze(~start)
     count = 0
     with np.errstate(all="ignore"):
         tests = Tests(
@@ -205,78 +222,90 @@ def _iterate_block(
             targets.xlimit * targets.bnorm,
         )
         watch = watch_for(state, scalars, tests, targets.xnorm)
-        while count < maxiter and (out.status == _RUNNING).any():
-            columns = _compact(state, scalars, watch, out, columns)
+        outer, goal, floor, limit = (np.broadcast_to(a, shape) for a in tests[2:])
+        block = _Block(
+            np.arange(k),
+            outer,
+            goal,
+            floor,
+            limit,
+            np.full(shape, np.inf),
+            np.zeros(shape, dtype=np.int64),
+            ~start,
+        )
+        while count < maxiter and block.running.any():
+            _compact(state, scalars, watch, out, block)
             for _ in range(min(scalars.check_every, maxiter - count)):
                 state.step()
                 watch.stepped()
                 count += 1
             look = watch.look()
-            fell = look.arnorm < best[..., columns]
-            best[..., columns] = np.where(fell, look.arnorm, best[..., columns])
-            since[..., columns] = np.where(fell, count, since[..., columns])
-            stalled = count > since + np.maximum(_PATIENCE, since)
-            _check(look, targets, tests, out, columns, stalled[..., columns])
+            status = _tested(look, targets, block, count)
             if report is not None:
-                active = out.status[..., columns] == _RUNNING
+                active = block.running & (status == _RUNNING)
                 if report(count, active, look.rnorm, look.arnorm):
-                    out.status[out.status == _RUNNING] = int(Status.INTERRUPTED)
-            running = out.status[..., columns] == _RUNNING
-            if not np.array_equal(running, ~look.met):
-                scalars.freeze(running)
-    out.status[out.status == _RUNNING] = int(Status.MAXITER)
-    out.x[..., columns] = state.x
+                    status = np.where(active, int(Status.INTERRUPTED), status)
+            if count >= maxiter:
+                status = np.where(status == _RUNNING, int(Status.MAXITER), status)
+            going = status == _RUNNING
+            if not going.all():
+                _note(out, block, look, status)
+                block.running = block.running & going
+            if not np.array_equal(block.running, ~look.met):
+                scalars.freeze(block.running)
+    out.status[out.status == _RUNNING] = int(Status.MAXITER)  # no step was allowed
+    out.x[..., block.columns] = state.x
     return out
 
 
-def _check(
-    look: Look,
-    targets: Targets,
-    tests: Tests,
-    out: Run,
-    columns: np.ndarray,
-    stalled: np.ndarray,
-) -> None:
-    """Apply the stopping tests to the columns that still run, and note what they estimate."""
-    outer, goal, floor, limit = (
-        np.broadcast_to(a, out.status.shape)[..., columns] for a in tests[2:]
-    )
-    running = out.status[..., columns] == _RUNNING
-    status = np.full(running.shape, _RUNNING)
+def _tested(look: Look, targets: Targets, block: _Block, count: int) -> np.ndarray:
+    """Apply the stopping tests to all columns of the block, those that have stopped as well."""
+    fell = look.arnorm < block.best
+    block.best = np.where(fell, look.arnorm, block.best)
+    block.since = np.where(fell, count, block.since)
+    stalled = count > block.since + np.maximum(_PATIENCE, block.since)
+    status = np.full(fell.shape, _RUNNING)
     image = look.anorm * look.xnorm  # about ||A x||, or more where A x cancels
-    blown = image > limit
+    blown = image > block.limit
     finite = look.rnorm + look.arnorm < np.inf
     status[stalled | (blown & targets.bounded)] = int(Status.STAGNATED)
     status[~finite] = int(Status.NONFINITE)
     status[look.acond >= targets.conlim] = int(Status.CONDITION_LIMIT)
-    level = targets.atol * look.anorm * np.fmax(look.rnorm, outer)
-    small = (look.arnorm <= np.fmax(level, goal)) | (look.met & finite)
+    level = targets.atol * look.anorm * np.fmax(look.rnorm, block.outer)
+    small = (look.arnorm <= np.fmax(level, block.goal)) | (look.met & finite)
     status[small] = int(_name(Status.NORMAL_RESIDUAL_SMALL, targets))
     if targets.consistent:
-        solved = look.rnorm <= floor + np.where(blown, 0.0, targets.atol * image)
+        solved = look.rnorm <= block.floor + np.where(blown, 0.0, targets.atol * image)
         status[solved] = int(_name(Status.RESIDUAL_SMALL, targets))
+    return status
+
+
+def _note(out: Run, block: _Block, look: Look, status: np.ndarray) -> None:
+    """Write down what was found of the columns that stop now."""
+    stop = block.running & (status != _RUNNING)
     for whole, part in (
         (out.status, status),
         (out.iterations, look.steps),
         (out.anorm, look.anorm),
         (out.acond, look.acond),
     ):
-        whole[..., columns] = np.where(running, part, whole[..., columns])
+        whole[..., block.columns] = np.where(stop, part, whole[..., block.columns])
 
 
 def _compact(
-    state: Any, scalars: Any, watch: HostWatch | DeviceWatch, out: Run, columns: np.ndarray
-) -> np.ndarray:
+    state: Any, scalars: Any, watch: HostWatch | DeviceWatch, out: Run, block: _Block
+) -> None:
     """Drop the columns that have stopped (in every member) once they are a quarter of the block."""
-    running = (out.status[..., columns] == _RUNNING).reshape(-1, len(columns)).any(axis=0)
-    if running.sum() * 4 > len(columns) * 3:
-        return columns
+    count = len(block.columns)
+    running = block.running.reshape(-1, count).any(axis=0)
+    if running.sum() * 4 > count * 3:
+        return
     device = state.x.device
     going, stopped = (
         torch.from_numpy(np.flatnonzero(which)).to(device) for which in (running, ~running)
     )
-    out.x[..., columns[~running]] = state.x.index_select(-1, stopped)
+    out.x[..., block.columns[~running]] = state.x.index_select(-1, stopped)
     state.keep(going)
     watch.keep(going)
-    scalars.freeze(out.status[..., columns[running]] == _RUNNING)
-    return columns[running]
+    block.keep(running)
+    scalars.freeze(block.running)

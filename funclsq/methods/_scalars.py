@@ -47,6 +47,11 @@ def _safe(v: Tensor) -> tuple[float, float]:
     return (1e-15, 1e15) if v.dtype in (torch.float32, torch.complex64) else _RANGE
 
 
+def _all(flags: np.ndarray) -> bool:
+    """flags.all(), in less than half of the time for a few."""
+    return np.count_nonzero(flags) == flags.size
+
+
 class FloatScalars:
     """One right-hand side on the CPU; scalars are Python floats and vectors (n, 1)."""
 
@@ -124,18 +129,18 @@ class ArrayScalars:
     def div(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Return a / b, and 0 where b vanishes (a breakdown, where the quotient is not used)."""
         safe = b > TINY
-        return a / b if safe.all() else np.divide(a, b, out=np.zeros_like(b), where=safe)
+        return a / b if _all(safe) else np.divide(a, b, out=np.zeros_like(b), where=safe)
 
     def inverse(self, b: np.ndarray) -> np.ndarray:
         """Return 1 / b, and 0 where b vanishes."""
         safe = b > TINY
-        return 1.0 / b if safe.all() else np.divide(1.0, b, out=np.zeros_like(b), where=safe)
+        return 1.0 / b if _all(safe) else np.divide(1.0, b, out=np.zeros_like(b), where=safe)
 
     def norm(self, v: Tensor) -> np.ndarray:
         """Return ||v|| of each column."""
         norm = column_norms(v).numpy()
         low, high = _safe(v)
-        if not ((norm > low) & (norm < high)).all():
+        if not _all((norm > low) & (norm < high)):
             norm = safe_norm(v).numpy()
         return norm if norm.dtype == np.float64 else norm.astype(np.float64)
 
