@@ -135,14 +135,14 @@ def _iterate_one(
             if report is not None:
                 stop = report(count, np.array([True]), np.array([rnorm]), np.array([arnorm]))
             image = anorm * xnorm  # about ||A x||, or more where A x cancels
-            if consistent and rnorm <= floor + (atol * image if image <= limit else 0.0):
+            if not rnorm + arnorm < float("inf"):
+                status = Status.NONFINITE
+            elif consistent and rnorm <= floor + (atol * image if image <= limit else 0.0):
                 status = _name(Status.RESIDUAL_SMALL, targets)
             elif arnorm <= max(atol * anorm * max(rnorm, outer), goal):
                 status = _name(Status.NORMAL_RESIDUAL_SMALL, targets)
             elif state.acond >= conlim:
                 status = Status.CONDITION_LIMIT
-            elif not rnorm + arnorm < float("inf"):
-                status = Status.NONFINITE
             elif stop:
                 status = Status.INTERRUPTED
             elif targets.bounded and image > limit:
@@ -269,14 +269,14 @@ def _tested(look: Look, targets: Targets, block: _Block, count: int) -> np.ndarr
     blown = image > block.limit
     finite = look.rnorm + look.arnorm < np.inf
     status[stalled | (blown & targets.bounded)] = int(Status.STAGNATED)
-    status[~finite] = int(Status.NONFINITE)
     status[look.acond >= targets.conlim] = int(Status.CONDITION_LIMIT)
     level = targets.atol * look.anorm * np.fmax(look.rnorm, block.outer)
-    small = (look.arnorm <= np.fmax(level, block.goal)) | (look.met & finite)
+    small = (look.arnorm <= np.fmax(level, block.goal)) | look.met
     status[small] = int(_name(Status.NORMAL_RESIDUAL_SMALL, targets))
     if targets.consistent:
         solved = look.rnorm <= block.floor + np.where(blown, 0.0, targets.atol * image)
         status[solved] = int(_name(Status.RESIDUAL_SMALL, targets))
+    status[~finite] = int(Status.NONFINITE)
     return status
 
 
