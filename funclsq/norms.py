@@ -28,7 +28,7 @@ def column_norms(v: Tensor) -> Tensor:
     if v.device.type != "cpu":
         return torch.linalg.vector_norm(v, dim=-2)
     k = v.shape[-1]
-    if k == 1 and v.dtype == torch.float64:
+    if k == 1 and v.dtype == torch.float64:  # one pass, and no squares written down
         return torch.linalg.vector_norm(v, dim=-2)
     flat = torch.view_as_real(v.resolve_conj()).flatten(-2) if v.is_complex() else v
     rows, wide = flat.shape[-2:]
