@@ -2,42 +2,29 @@
 
 torch has no such loop: for few columns two vectors are gathered, multiplied and added up for each
 (``products.sddmm_few``), and for more its own product takes 27 ns for an entry in float64 before it
-reads a number (``products.sddmm_csr``). One thread, by torch over by the loop, on four patterns and
-a batch of 160,000 to 960,000 entries:
+reads a number (``products.sddmm_csr``). One thread, by torch over by the loop, on four patterns of
+160,000 to 370,000 entries:
 
-    columns           1        2        4        5        8       16       64      128
-    float64     0.8-1.2  1.8-2.7  1.9-2.4  6.1-7.5  4.8-7.5  3.6-6.7  1.3-3.0  1.1-1.8
-    complex128  1.2-2.0  2.2-3.0  2.6-3.0  2.2-2.7  2.2-2.7  1.5-2.0  1.1-1.5  1.2-1.4
-    float32     0.6-1.1  1.3-2.1  about 1 and less from here on
-    complex64   0.8-0.9  1.3-1.7  1.2-1.6  about 1
+    columns           1        2        4        5        8       16       64
+    float64     1.8-3.5  2.2-6.8  3.0-4.1  4.1-8.3  3.8-9.8  2.5-4.9  1.0-2.6
+    complex128  1.3-4.5  3.6-5.2  2.0-7.7  1.8-3.0  1.5-2.2  1.3-2.3  1.1-1.5
+    float32     1.4-2.9  3.8-5.2  1.0-2.2  1.6-4.4  1.5-2.4  1.3-2.1  1.3-1.6
+    complex64   1.2-1.9  1.7-2.6  1.6-2.3  2.1-2.5  2.3-3.4  1.6-2.5  1.4-2.1
 
-What the loop does not gain is left to torch. Equal to rounding, and real numbers of up to
-four columns to the last digit.
+Equal to rounding, and real numbers of up to four columns to the last digit.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import functools
-import importlib
-import importlib.util
-import itertools
-import os
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-import torch
 from torch import Tensor
 
-from funclsq import spare
+from funclsq import compiled, spare
 from funclsq.products import few_terms
 
 __all__ = ["sampled"]
 
 LEAST = 1 << 16  # products (entries x columns) below which there is little to gain: 0.1 ms
-SHARE = 1 << 19  # products for each thread
-DOUBLE = frozenset({torch.float64, torch.complex128})
 
 
 def sampled(indptr: Tensor, indices: Tensor, U: Tensor, V: Tensor) -> Tensor | None:
@@ -47,19 +34,20 @@ def sampled(indptr: Tensor, indices: Tensor, U: Tensor, V: Tensor) -> Tensor | N
     """
     k, members = U.shape[-1], U.shape[0] if U.ndim == 3 else 1
     work = members * indices.shape[0] * k
-    if U.device.type != "cpu" or work < LEAST:
+    if U.device.type != "cpu" or work < max(LEAST, 1):
         return None
-    few = k <= few_terms(U.dtype)
-    if k == 1 or not (few or U.dtype in DOUBLE):
-        return None
-    loops = _loops()
+    loops = compiled.loops()
     if loops is None:
         return None
+    few = k <= few_terms(U.dtype)
     loop = loops.sample_few if few else loops.sample_many
     u, v = (_array(t.mT if few else t) for t in (U, V.conj()))
     out = spare.empty((members, indices.shape[0]), U.dtype)
-    arguments = indptr.numpy(), indices.numpy(), u, v, out.numpy()
-    _by_rows(functools.partial(loop, *arguments), arguments[0], work)
+    rows, cols, entries = compiled.unsigned(indptr), compiled.unsigned(indices), out.numpy()
+    compiled.shared(
+        lambda _, start, stop: loop(rows, cols, u, v, entries, start, stop),
+        compiled.parts(rows, work),
+    )
     return out.view(*U.shape[:-2], -1)
 
 
@@ -69,43 +57,3 @@ def _array(t: Tensor) -> np.ndarray:
         t.detach().resolve_conj().resolve_neg().numpy()
     )  # torch: twice as long
     return a.reshape(-1, *a.shape[-2:])
-
-
-@functools.cache
-def _loops() -> Any:
-    """The compiled loops; None where numba is absent, unusable or told not to compile."""
-    if importlib.util.find_spec("numba") is None:
-        return None
-    try:
-        loops = importlib.import_module("funclsq.loops")
-    except Exception:  # one that does not fit the NumPy that is installed, for instance
-        return None
-    return None if loops.numba.config.DISABLE_JIT else loops
-
-
-def _by_rows(loop: Callable[[int, int], None], indptr: np.ndarray, work: int) -> None:
-    """Call ``loop(start, stop)`` for all rows: in as many threads as torch takes, where it pays."""
-    rows, threads = indptr.size - 1, min(torch.get_num_threads(), work // SHARE)
-    if threads < 2:
-        loop(0, rows)
-        return
-    wanted = np.linspace(0, indptr[-1], threads + 1)[1:-1]  # entries, the same for each
-    cuts = [0, *np.searchsorted(indptr, wanted).tolist(), rows]
-    parts = list(itertools.pairwise(cuts))
-    try:
-        others = [_pool(threads).submit(loop, *part) for part in parts[1:]]
-    except RuntimeError:  # the interpreter is ending
-        loop(0, rows)
-        return
-    loop(*parts[0])
-    for other in others:
-        other.result()
-
-
-@functools.cache
-def _pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
-    return concurrent.futures.ThreadPoolExecutor(threads - 1, "funclsq")
-
-
-if hasattr(os, "register_at_fork"):  # a child has none of the threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -8,7 +8,6 @@ or (B, n, k) where the parameters carry a batch dimension.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from funclsq import spare
 from funclsq.entries import entries_to_csr
+from funclsq.passes import DampedRows, Rows, flat, rows_of, scaled_entries, squared_lengths
 from funclsq.pattern import SparsityPattern
 from funclsq.products import csr_mm, csr_tensor
 from funclsq.shapes import broadcast_shapes
@@ -94,6 +94,8 @@ class SparseOp:
         self.batch = _leading(csr_values, 1)
         self._forward: Tensor | None = None
         self._adjoint: Tensor | None = None
+        self._passes: Rows | None = None
+        self._asked = False  # whether there are passes
 
     def _whole(self) -> SparsityPattern:
         return self.pattern if self.batch is None else self.pattern.repeated(self.batch)
@@ -124,13 +126,48 @@ class SparseOp:
             )
         return self._adjoint
 
-    def _apply(self, matrix: Callable[[], Tensor], X: Tensor, out: Tensor | None, size: int):
+    def passes(self) -> Rows | None:
+        """Passes of one column over the rows (block diagonal over a batch); None: use products."""
+        if not self._asked:
+            p = self._whole()
+            names = ("indptr", "indices")
+            indptr, indices = (p.tensor(name, self.device) for name in names)
+            self._passes = rows_of(indptr, indices, self.csr_values.reshape(-1), p.shape)
+            self._asked = True
+        return self._passes
+
+    def adjoint_passes(self) -> Rows | None:
+        """The same for A^H."""
+        if self.passes() is None:
+            return None
+        p = self._whole()
+        indptr, indices = (p.tensor(name, self.device) for name in ("t_indptr", "t_indices"))
+        return rows_of(indptr, indices, self.adjoint_matrix().values(), p.shape[::-1])
+
+    def _product(self, adjoint: bool, X: Tensor, out: Tensor | None) -> Tensor:
+        """A X or A^H X of a block (whole rows of a batch under each other)."""
+        rows = None
+        if X.shape[1] == 1 and X.dtype == self.dtype and (out is None or out.is_contiguous()):
+            rows = self.passes()
+        if rows is None:
+            return csr_mm(self.adjoint_matrix() if adjoint else self.matrix(), X, out)
+        x = flat(X.resolve_conj().resolve_neg())
+        if out is None:
+            out = spare.empty((rows.shape[1 if adjoint else 0], 1), self.dtype)
+        if adjoint:
+            rows.adjoint(x, flat(out.zero_()))
+        else:
+            rows.apply(x, flat(out))
+        return out
+
+    def _apply(self, adjoint: bool, X: Tensor, out: Tensor | None) -> Tensor:
+        size = self.shape[1 if adjoint else 0]
         if self.batch is None:
             if X.ndim == 2:
-                return csr_mm(matrix(), X, out)
+                return self._product(adjoint, X, out)
             count, rows, k = X.shape
             folded = X.movedim(0, 1).reshape(rows, count * k)
-            result = csr_mm(matrix(), folded).reshape(size, count, k).movedim(1, 0)
+            result = self._product(adjoint, folded, None).reshape(size, count, k).movedim(1, 0)
         else:
             X = X.expand(self.batch, *X.shape[-2:])
             k = X.shape[-1]
@@ -139,26 +176,31 @@ class SparseOp:
             else:
                 flat = X.reshape(-1, k)
                 into = None if out is None else out.view(-1, k)
-                result = csr_mm(matrix(), flat, into).view(self.batch, size, k)
+                result = self._product(adjoint, flat, into).view(self.batch, size, k)
                 if out is not None:
                     return out
         return result if out is None else out.copy_(result)
 
     def mv(self, X: Tensor, out: Tensor | None = None) -> Tensor:
         """Y = A X."""
-        return self._apply(self.matrix, X, out, self.shape[0])
+        return self._apply(False, X, out)
 
     def rmv(self, Y: Tensor, out: Tensor | None = None) -> Tensor:
         """X = A^H Y."""
-        return self._apply(self.adjoint_matrix, Y, out, self.shape[1])
+        return self._apply(True, Y, out)
 
     def scaled(self, row: Tensor | None = None, col: Tensor | None = None) -> SparseOp:
         """Return diag(row) A diag(col)."""
         values = self.csr_values
         for factors, index in ((row, "csr_rows"), (col, "indices")):
-            if factors is not None:
-                each = spare.taken(factors, self.pattern.tensor(index, self.device))
-                values = spare.product(values, each, each)
+            if factors is None:
+                continue
+            place = self.pattern.tensor(index, self.device)
+            product = scaled_entries(place, values, factors)
+            if product is None:
+                each = spare.taken(factors, place)
+                product = spare.product(values, each, each)
+            values = product
         return SparseOp(self.pattern, values)
 
     def column_norms(self) -> Tensor:
@@ -169,11 +211,16 @@ class SparseOp:
         if values.numel() == 0:
             return out
         if self.device.type == "cpu":
-            if values.is_complex():
-                square = torch.view_as_real(values.resolve_conj()).square().sum(-1)
+            squares = squared_lengths(index, values, self.shape[1])
+            if squares is not None:
+                out = squares
+            elif values.is_complex():
+                out.index_add_(
+                    -1, index, torch.view_as_real(values.resolve_conj()).square().sum(-1)
+                )
             else:
-                square = spare.product(values, values)
-            least, largest = torch.aminmax(out.index_add_(-1, index, square))
+                out.index_add_(-1, index, spare.product(values, values))
+            least, largest = torch.aminmax(out)
             if least == 0:  # of a column without entries: nothing was lost there
                 starts = self.pattern.tensor("t_indptr", self.device)
                 least = out.masked_fill(starts[1:] == starts[:-1], torch.inf).amin()
@@ -319,6 +366,13 @@ class StackedOp:
             Y = Y.expand(self.batch, *Y.shape)
         X = self.op.rmv(Y[..., :m, :].contiguous())
         return torch.addcmul(X, self.damp.unsqueeze(-1), Y[..., m:, :], out=out)
+
+    def passes(self) -> DampedRows | None:
+        """Passes of one column over the rows; None: use products."""
+        if self.batch is not None or not isinstance(self.op, SparseOp):
+            return None
+        rows = self.op.passes()
+        return None if rows is None else DampedRows(rows, self.damp)
 
     def scaled(self, row: Tensor | None = None, col: Tensor | None = None) -> Any:
         """Return [A; diag(damp)] diag(col); rows are not scaled."""

@@ -20,6 +20,11 @@ DATA = Path(os.environ.get("FUNCLSQ_DATA", ROOT.parent / "shared" / "data"))
 
 torch.set_num_threads(1)
 
+if os.environ.get("FUNCLSQ_LOOPS") == "always":  # whatever can be done by compiled loops is
+    from funclsq import fused, passes
+
+    fused.LEAST = passes.LEAST = 0
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if DEVICE is not None:

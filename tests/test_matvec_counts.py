@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import funclsq as fl
-from funclsq import entries, operators
+from funclsq import compiled, entries, operators, passes
 from funclsq.methods._normal import Normal
+from funclsq.raw import clear_cache
 
 FULL_RANK = 1.3  # of the forward products: one run with z and A z together
 UNKNOWN_RANK = 3.3  # a probe of the rank, or the two applications of G^+ of the null-space term
@@ -31,9 +32,15 @@ class Counts:
         return seen
 
 
-@pytest.fixture
-def counts(monkeypatch):
+@pytest.fixture(params=["products", "passes"])
+def counts(request, monkeypatch):
+    """Products with torch's kernels, or in passes by compiled loops, where one may be two."""
     counts = Counts()
+    passing = request.param == "passes" and compiled.loops() is not None
+    if request.param == "passes" and not passing:
+        pytest.skip("numba is not installed")
+    monkeypatch.setattr(passes, "LEAST", 0 if passing else 1 << 60)
+    clear_cache()
     csr_mm, factor, solve = operators.csr_mm, Normal.factor, Normal.solve
 
     def counted_csr_mm(matrix, X, out=None):
@@ -49,9 +56,19 @@ def counts(monkeypatch):
         return solve(self, q)
 
     monkeypatch.setattr(operators, "csr_mm", counted_csr_mm)
+    for name, made in (("apply", 1), ("adjoint", 1), ("through", 2), ("descend", 1)):
+        monkeypatch.setattr(passes.Rows, name, counting(getattr(passes.Rows, name), made, counts))
     monkeypatch.setattr(Normal, "factor", counted_factor)
     monkeypatch.setattr(Normal, "solve", counted_solve)
     return counts
+
+
+def counting(method, made, counts):
+    def counted(self, *arguments):
+        counts.products += made
+        return method(self, *arguments)
+
+    return counted
 
 
 def random_pattern(m, n, per_row, seed):

@@ -20,6 +20,7 @@ class Adjoint:
         self.shape = (op.shape[1], op.shape[0])
         self.dtype, self.device = op.dtype, op.device
         self.mv, self.rmv = op.rmv, op.mv
+        self.passes = getattr(op, "adjoint_passes", lambda: None)
 
 
 def even_damping(damp: Tensor | None, norms: Tensor | None) -> Tensor | None:

@@ -17,13 +17,15 @@ equations, SIAM J. Matrix Anal. Appl. 41 (2020) 1571-1589, doi:10.1137/19M128864
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funclsq.methods._golub_kahan import Inverse
-from funclsq.methods._scalars import Scalars, keep_columns
+from funclsq.methods._scalars import REPRESENTABLE, Scalars, keep_columns, one_column
+from funclsq.passes import flat
 
 __all__ = ["ExtendedCg"]
 
@@ -58,6 +60,7 @@ class ExtendedCg:
         g: Tensor | None = None,
     ) -> None:
         self.op, self.scalars, self.inverse, self.g = op, scalars, inverse, g
+        self._passes = one_column(op, scalars)
         # r_0 = c,  s_0 = g + A^H r_0,  t_0 = N^-1 s_0,  p_1 = t_0,  gamma_0^2 = s_0^H t_0
         self.r = rhs.clone(memory_format=torch.contiguous_format)
         self.s = op.rmv(self.r)
@@ -83,23 +86,49 @@ class ExtendedCg:
         """Advance x_{k-1} to x_k."""
         s, gamma = self.scalars, self.arnorm
         # q_k = A p_k,  alpha_k = (gamma_{k-1} / ||q_k||)^2   (gamma: norms, not squares)
-        q = self.op.mv(self.p, out=self.q)
-        qnorm = s.norm(q)
+        qnorm = self._image()
         root = s.div(gamma, qnorm)
         alpha = root * root
-        # x_k = x_{k-1} + alpha_k p_k,  r_k = r_{k-1} - alpha_k q_k,  s_k = g + A^H r_k
-        s.axpy(self.x, s.live(alpha), self.p)
-        s.axpy(self.r, s.live(-alpha), q)
-        self.s = self.op.rmv(self.r, out=self.s)
-        if self.g is not None:
-            self.s.add_(self.g)
-        self.rnorm, (t, self.arnorm) = s.norm(self.r), self._preconditioned()
+        # r_k = r_{k-1} - alpha_k q_k,  s_k = g + A^H r_k
+        self.rnorm = self._descend(alpha)
+        t, self.arnorm = self._preconditioned()
+        # x_k = x_{k-1} + alpha_k p_k
         # beta_k = (gamma_k / gamma_{k-1})^2,  p_{k+1} = t_k + beta_k p_k
         ratio = s.div(self.arnorm, gamma)
         beta = ratio * ratio
-        s.xpay(self.p, t, s.live(beta))
+        if self._passes is None:
+            s.axpy(self.x, s.live(alpha), self.p)
+            s.xpay(self.p, t, s.live(beta))
+        else:
+            x, p = flat(self.x), flat(self.p)
+            self._passes.loops.cg_step(x, alpha, p, flat(t), beta)
         self._estimate(alpha, beta, ratio, s.div(qnorm, self.pnorm))
         self.pnorm = s.hypot(self.arnorm, beta * self.pnorm)
+
+    def _image(self) -> Any:
+        """q = A p, and ||q||."""
+        if self._passes is not None:
+            square = self._passes.apply(flat(self.p), flat(self.q))
+            if REPRESENTABLE[0] < square < REPRESENTABLE[1]:
+                return math.sqrt(square)
+        else:
+            self.op.mv(self.p, out=self.q)
+        return self.scalars.norm(self.q)
+
+    def _descend(self, alpha: Any) -> Any:
+        """r <- r - alpha q, s = g + A^H r, and ||r||."""
+        s = self.scalars
+        if self._passes is not None:
+            self.s.zero_() if self.g is None else self.s.copy_(self.g)
+            square = self._passes.descend(alpha, flat(self.q), flat(self.r), flat(self.s))
+            if REPRESENTABLE[0] < square < REPRESENTABLE[1]:
+                return math.sqrt(square)
+        else:
+            s.axpy(self.r, s.live(-alpha), self.q)
+            self.s = self.op.rmv(self.r, out=self.s)
+            if self.g is not None:
+                self.s.add_(self.g)
+        return s.norm(self.r)
 
     def _estimate(self, alpha: Any, beta: Any, ratio: Any, stretch: Any) -> None:
         """Bound ||A|| by the rows of the Lanczos matrix, and cond(A) by ||A p|| / ||p||."""

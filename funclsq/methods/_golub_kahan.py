@@ -19,13 +19,15 @@ doi:10.1088/0266-5611/30/7/075009.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funclsq.methods._scalars import Scalars, keep_columns
+from funclsq.methods._scalars import REPRESENTABLE, Scalars, keep_columns, one_column
+from funclsq.passes import flat
 
 __all__ = ["GolubKahan", "Inverse"]
 
@@ -34,6 +36,8 @@ Inverse = Callable[[Tensor], Tensor]
 
 class GolubKahan:
     """State of the process; ``step`` makes one product with A and one with A^H.
+
+    Where ``passes`` is not None they come as one, and ``step`` leaves v with the length alpha.
 
     Parameters
     ----------
@@ -51,14 +55,21 @@ class GolubKahan:
         self, op: Any, rhs: Tensor, scalars: Scalars, inverse: Inverse | None = None
     ) -> None:
         self.op, self.scalars, self.inverse = op, scalars, inverse
+        self.passes = one_column(op, scalars) if inverse is None else None
         # beta_1 u_1 = b
         self.u = rhs.clone(memory_format=torch.contiguous_format)
         self.beta: Any = scalars.norm(self.u)
         scalars.scale(self.u, scalars.inverse(self.beta))
+        self._length: Any = 1.0  # of u as it is stored
         # alpha_1 v_1 = A^H u_1
         self.p = op.rmv(self.u)
         self._normalise(self.p)
-        self.u_next, self.p_next = torch.empty_like(self.u), torch.empty_like(self.p)
+        self.p_next = torch.empty_like(self.p)
+        if self.passes is None:
+            self.u_next = torch.empty_like(self.u)
+        else:
+            vectors = (self.u, self.p, self.p_next)
+            self._flat_u, self._flat_p, self._flat_next = (flat(t) for t in vectors)
 
     def _normalise(self, p: Tensor) -> None:
         """Scale p so that p^H v = 1; v is p itself without a preconditioner."""
@@ -77,6 +88,9 @@ class GolubKahan:
     def step(self) -> None:
         """Advance alpha, beta, u and v by one index."""
         s = self.scalars
+        if self.passes is not None:
+            self._step_in_one_pass(self.passes)
+            return
         # beta_{k+1} u_{k+1} = A v_k - alpha_k u_k
         u = self.op.mv(self.v, out=self.u_next)
         s.axpy(u, -self.alpha, self.u)
@@ -88,6 +102,28 @@ class GolubKahan:
         s.axpy(p, -self.beta, self.p)
         self._normalise(p)
         self.p, self.p_next = p, self.p
+
+    def _step_in_one_pass(self, passes: Any) -> None:
+        """The same with one pass over A: beta_{k+1} u_{k+1} is stored, and A^H of it made at once.
+
+        So u is gone through once in a step; its length is known when all of A^H u has been added.
+        What is left to do is to divide v by alpha, which its user does on the way.
+        """
+        s, u, old, p = self.scalars, self._flat_u, self._flat_p, self._flat_next
+        p.fill(0)
+        square = passes.through(old, s.div(self.alpha, self._length), u, p)
+        self.beta = self._length = math.sqrt(square)
+        if not REPRESENTABLE[0] < square < REPRESENTABLE[1]:
+            self.beta, self._length = s.norm(self.u), 1.0
+            s.scale(self.u, s.inverse(self.beta))
+            p.fill(0)
+            passes.adjoint(u, p)
+        square = passes.loops.turn(p, s.inverse(self._length), old, self.beta)
+        self.p, self.p_next = self.p_next, self.p
+        self._flat_p, self._flat_next = p, old
+        self.v, self.alpha = self.p, math.sqrt(square)
+        if not REPRESENTABLE[0] < square < REPRESENTABLE[1]:
+            self.alpha = s.norm(self.p)
 
     def keep(self, columns: Tensor) -> None:
         """Drop all but these columns of the state."""

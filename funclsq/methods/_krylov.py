@@ -37,6 +37,7 @@ from funclsq.solution import Method, Status
 __all__ = ["PreparedKrylov"]
 
 _MIN_ITERATIONS = 5000
+_PROBE_EVERY = 3  # steps after which the probe for the rank looks how far it is
 
 
 class PreparedKrylov:
@@ -295,11 +296,24 @@ class PreparedKrylov:
         if op.batch is not None:
             w = w.expand(op.batch, *w.shape)
         w = w.contiguous()
-        settings = dataclasses.replace(
-            self._settings(op, scale, self._kind, None), atol=eps**0.5, btol=eps**0.5
-        )
+        states: list[Any] = []
+
+        def method(*arguments: Any, **keywords: Any) -> Any:
+            states.append(self._kind(*arguments, **keywords))
+            return states[-1]
+
+        def near(state: dict[str, Any]) -> bool:  # long before the residual is at its tolerance
+            x = states[-1].x
+            return (
+                state["iteration"] % _PROBE_EVERY == 0
+                and x.shape == w.shape
+                and bool((norms(w - x) < level).all())
+            )
+
+        settings = self._settings(op, scale, self._kind, near)
+        settings = dataclasses.replace(settings, atol=eps**0.5, btol=eps**0.5)
         for _ in range(2):  # the first is enough for all but a large cond(B)
-            answer = solve_verified(self._kind, op, op.mv(w), None, settings)
+            answer = solve_verified(method, op, op.mv(w), None, settings)
             w = w - answer.x
             if bool((norms(w) < level).all()):
                 return True

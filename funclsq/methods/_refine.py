@@ -18,6 +18,7 @@ problems, Linear Algebra Appl. 88/89, 1987, doi:10.1016/0024-3795(87)90101-7.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 from funclsq.extent import finite
 from funclsq.norms import column_norms
 from funclsq.operators import Operator
+from funclsq.passes import flat
 from funclsq.solution import Status
 
 __all__ = ["refine", "refine_image"]
@@ -58,11 +60,22 @@ def refine(
     """
     r: Tensor | None = None  # its memory is used again: that of new blocks costs as much as B x
     whole: np.ndarray | None = None
+    passes = _passes(B, c, g)
 
     def residual(x: Tensor | None) -> Tensor:
         nonlocal r, whole
         if x is None:
             q = None if c is None else B.rmv(c)
+        elif passes is not None:
+            # r = B x - c,  q = g - B^H r
+            if r is None:
+                r = x.new_empty((B.shape[0], 1))
+            if c is not None:
+                r.copy_(c)
+            q = torch.zeros_like(x)
+            square = passes.through(flat(x), 0.0 if c is None else 1.0, flat(r), flat(q))
+            whole = None if g is None else np.sqrt([square])
+            return q.neg_() if g is None else torch.sub(g, q, out=q)
         else:
             r = B.mv(x, out=r)
             whole = None if g is None else _norms(r)
@@ -81,6 +94,15 @@ def refine(
         return x + dx
 
     return _iterate(B, rough, residual, step, lambda dx: dx, size, goal)
+
+
+def _passes(B: Operator, c: Tensor | None, g: Tensor | None) -> Any:
+    """The operator's passes of one column; None where products are to be used."""
+    passes = getattr(B, "passes", None)
+    if passes is None or (c is not None and g is not None):  # |B x| is not seen on the way
+        return None
+    rhs = g if c is None else c
+    return passes() if rhs is not None and rhs.shape == (rhs.numel(), 1) else None
 
 
 def refine_image(

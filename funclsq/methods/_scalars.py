@@ -27,11 +27,13 @@ from funclsq.norms import column_norms
 from funclsq.range import safe_norm, scaled_norm
 
 __all__ = [
+    "REPRESENTABLE",
     "ArrayScalars",
     "FloatScalars",
     "Scalars",
     "TensorScalars",
     "keep_columns",
+    "one_column",
     "scalars_for",
 ]
 
@@ -40,6 +42,7 @@ _LARGE = 1e38  # the end of the range of float32
 
 
 _RANGE = (1e-140, 1e140)  # of norms whose squares double precision holds
+REPRESENTABLE = (1e-280, 1e280)  # those squares
 
 
 def _safe(v: Tensor) -> tuple[float, float]:
@@ -296,6 +299,12 @@ def scalars_for(block: Tensor) -> Scalars:
     if shape == (1,):
         return FloatScalars()
     return ArrayScalars(shape)
+
+
+def one_column(op: Any, scalars: Scalars) -> Any:
+    """The operator's passes for a single column on the CPU; None where products are to be used."""
+    passes = getattr(op, "passes", None)
+    return passes() if passes is not None and isinstance(scalars, FloatScalars) else None
 
 
 def keep_columns(state: Any, vectors: tuple[str, ...], scalars: tuple[str, ...], columns: Tensor):

@@ -21,6 +21,8 @@ from torch import Tensor
 from funclsq.methods._extended_cg import ExtendedCg
 from funclsq.methods._golub_kahan import Inverse
 from funclsq.methods._iterate import Report, Run, Targets, iterate
+from funclsq.methods._scalars import one_column, scalars_for
+from funclsq.passes import flat
 from funclsq.range import safe_norm
 from funclsq.solution import Status
 
@@ -197,8 +199,14 @@ def _extra(settings: Settings, g: Tensor | None) -> dict[str, Any]:
 
 
 def _answer(op: Any, c: Tensor, g: Tensor | None, run: Run) -> tuple[Answer, Tensor]:
-    r = c - op.mv(run.x)
-    s = op.rmv(r)
+    passes = one_column(op, scalars_for(c))
+    if passes is None:
+        r = c - op.mv(run.x)
+        s = op.rmv(r)
+    else:
+        r, s = c.clone(memory_format=torch.contiguous_format), torch.zeros_like(run.x)
+        passes.through(flat(run.x), 1.0, flat(r), flat(s))  # A x - c,  A^H (A x - c)
+        r, s = r.neg_(), s.neg_()
     if g is not None:
         s = s + g
     return Answer(run.x, r, run.status, run.iterations, run.anorm, run.acond), s

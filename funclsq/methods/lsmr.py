@@ -21,6 +21,7 @@ from funclsq.methods._golub_kahan import GolubKahan, Inverse
 from funclsq.methods._krylov import PreparedKrylov
 from funclsq.methods._protocol import Options
 from funclsq.methods._scalars import Scalars, keep_columns
+from funclsq.passes import flat
 from funclsq.solution import Method
 
 __all__ = ["Lsmr", "prepare"]
@@ -55,6 +56,8 @@ class Lsmr:
         # h_1 = v_1,  hbar_0 = 0,  x_0 = 0
         self.h = gk.v.clone()
         self.hbar, self.x = torch.zeros_like(gk.v), torch.zeros_like(gk.v)
+        if gk.passes is not None:
+            self._flat = flat(self.h), flat(self.hbar), flat(self.x)
         # alphabar_1 = alpha_1,  zetabar_1 = alpha_1 beta_1,
         # rho_0 = rhobar_0 = cbar_0 = 1,  sbar_0 = 0
         self.alphabar, self.zetabar = gk.alpha, gk.alpha * gk.beta
@@ -89,12 +92,17 @@ class Lsmr:
         zeta_old, zeta = self.zeta, self.cbar * self.zetabar
         self.zetabar = -self.sbar * self.zetabar
         # hbar_k = h_k - (thetabar_k rho_k / (rho_{k-1} rhobar_{k-1})) hbar_{k-1}
-        s.xpay(self.hbar, self.h, s.live(-s.div(thetabar * rho, rho_old * rhobar_old)))
         # x_k = x_{k-1} + (zeta_k / (rho_k rhobar_k)) hbar_k
-        s.axpy(self.x, s.live(s.div(zeta, rho * rhobar)), self.hbar)
         # h_{k+1} = v_{k+1} - (theta_{k+1} / rho_k) h_k
+        back, ahead = -s.div(thetabar * rho, rho_old * rhobar_old), s.div(zeta, rho * rhobar)
         ratio = s.div(theta, rho)
-        s.xpay(self.h, gk.v, s.live(-ratio))
+        if gk.passes is None:
+            s.xpay(self.hbar, self.h, s.live(back))
+            s.axpy(self.x, s.live(ahead), self.hbar)
+            s.xpay(self.h, gk.v, s.live(-ratio))
+        else:
+            h, hbar, x = self._flat
+            gk.passes.loops.lsmr_step(flat(gk.v), s.inverse(alpha), h, back, hbar, ahead, x, -ratio)
         self.rho, self.rhobar, self.zeta = rho, rhobar, zeta
         self._estimate(c, sn, thetabar, zeta_old)
         # A h_k has norm rho_k, and ||h_{k+1}||^2 = 1 + (theta_{k+1} / rho_k)^2 ||h_k||^2, so that

@@ -20,6 +20,7 @@ from funclsq.methods._golub_kahan import GolubKahan, Inverse
 from funclsq.methods._krylov import PreparedKrylov
 from funclsq.methods._protocol import Options
 from funclsq.methods._scalars import Scalars, keep_columns
+from funclsq.passes import flat
 from funclsq.solution import Method
 
 __all__ = ["Lsqr", "prepare"]
@@ -73,10 +74,14 @@ class Lsqr:
         # phi_k = c_k phibar_k,  phibar_{k+1} = s_k phibar_k
         phi, self.phibar = c * self.phibar, sn * self.phibar
         # x_k = x_{k-1} + (phi_k / rho_k) w_k
-        s.axpy(self.x, s.live(s.div(phi, rho)), self.w)
         # w_{k+1} = v_{k+1} - (theta_{k+1} / rho_k) w_k
-        ratio = s.div(theta, rho)
-        s.xpay(self.w, gk.v, s.live(-ratio))
+        ahead, ratio = s.div(phi, rho), s.div(theta, rho)
+        if gk.passes is None:
+            s.axpy(self.x, s.live(ahead), self.w)
+            s.xpay(self.w, gk.v, s.live(-ratio))
+        else:
+            w, x = flat(self.w), flat(self.x)
+            gk.passes.loops.lsqr_step(flat(gk.v), s.inverse(alpha), w, x, ahead, -ratio)
         # ||r_k|| = phibar_{k+1},  ||A^H r_k|| = phibar_{k+1} alpha_{k+1} |c_k|
         self.rnorm, self.arnorm = self.phibar, self.phibar * alpha * abs(c)
         # A w_k has norm rho_k, and ||w_{k+1}||^2 = 1 + (theta_{k+1} / rho_k)^2 ||w_k||^2, so that
