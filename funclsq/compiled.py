@@ -45,7 +45,9 @@ def unsigned(index: Tensor) -> np.ndarray:
 def parts(indptr: np.ndarray, work: int, most: int | None = None) -> list[tuple[int, int]]:
     """Ranges of rows with about as many entries each, one for every thread that pays."""
     rows = indptr.size - 1
-    threads = min(torch.get_num_threads(), work // SHARE, work if most is None else most)
+    threads = work // SHARE
+    if threads > 1:
+        threads = min(torch.get_num_threads(), threads, threads if most is None else most)
     if threads < 2:
         return [(0, rows)]
     wanted = np.linspace(0, int(indptr[-1]), threads + 1)[1:-1]

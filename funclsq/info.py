@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from funclsq.errors import ConvergenceError, ConvergenceWarning
-from funclsq.extent import extent, finite
-from funclsq.norms import column_norms
+from funclsq.extent import finite
 from funclsq.range import safe_norm
 from funclsq.solution import Status, describe
 
@@ -106,16 +105,7 @@ def residual_norms(op: Any, w: Any, d2: Any, c: Any, g: Any, x: Any, s: Any) -> 
         normal = normal + g
     if d2 is not None:
         normal = normal - d2.unsqueeze(-1) * x
-    return _norm(r if w is None else r * w.sqrt().unsqueeze(-1)), _norm(normal)
-
-
-def _norm(v: Tensor) -> Tensor:
-    if v.device.type != "cpu":
-        return safe_norm(v)
-    norm = column_norms(v)
-    low, high = extent(norm)
-    bound = 2.0 ** (249 if norm.dtype == torch.float64 else 19)
-    return norm if low > 1 / bound and high < bound else safe_norm(v)
+    return safe_norm(r if w is None else r * w.sqrt().unsqueeze(-1)), safe_norm(normal)
 
 
 def assumed_deficient(prepared: Any) -> Any:

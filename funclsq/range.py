@@ -20,7 +20,6 @@ __all__ = [
     "column_range",
     "exponent",
     "extreme",
-    "moderate",
     "power",
     "representable",
     "safe_norm",
@@ -71,11 +70,6 @@ def within(sizes: tuple[float, float], dtype: torch.dtype) -> bool:
     return sizes[0] > 1 / bound and sizes[1] < bound
 
 
-def moderate(v: Tensor) -> bool:
-    """Whether no column of v, (..., m, k), is extreme (False where one is zero)."""
-    return within(column_range(v), v.dtype)
-
-
 def shifted(t: Tensor, e: Tensor) -> Tensor:
     """t 2^e, in two steps, since 2^e alone may overflow; e broadcasts against t."""
     dtype = t.real.dtype if t.is_complex() else t.dtype
@@ -97,7 +91,10 @@ def power(e: Tensor, dtype: torch.dtype) -> Tensor:
 
 def safe_norm(v: Tensor) -> Tensor:
     """||v|| over rows, (..., m, k) -> (..., k), right wherever it can be represented."""
-    return column_norms(v) if moderate(v) else scaled_norm(v)
+    norm = column_norms(v)
+    if norm.numel() == 0 or within(extent(norm), norm.dtype):  # then no square that matters is lost
+        return norm
+    return scaled_norm(v)
 
 
 def scaled_norm(v: Tensor) -> Tensor:

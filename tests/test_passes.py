@@ -1,4 +1,4 @@
-"""Passes of one column by compiled loops: the numbers of the definition, and when they are taken."""
+"""Passes of one column by compiled loops: the numbers of the definition, when they are taken."""
 
 from __future__ import annotations
 

@@ -28,16 +28,17 @@ from torch import Tensor
 
 from funclsq.methods._blocks import Adjoint, even_damping, padded, units, worse
 from funclsq.methods._extended_cg import ExtendedCg
+from funclsq.methods._iterate import Run
 from funclsq.methods._progress import reporter
 from funclsq.methods._protocol import Options, Raw
-from funclsq.methods._verify import Answer, Settings, norms, solve_verified
+from funclsq.methods._verify import Answer, Settings, first_run, norms, solve_verified
 from funclsq.operators import StackedOp
 from funclsq.solution import Method, Status
 
 __all__ = ["PreparedKrylov"]
 
 _MIN_ITERATIONS = 5000
-_PROBE_EVERY = 3  # steps after which the probe for the rank looks how far it is
+_PROBE_EVERY = 2  # steps after which the probe for the rank looks how far it is
 
 
 class PreparedKrylov:
@@ -172,11 +173,12 @@ class PreparedKrylov:
                 assert g is not None
                 answer, y, x = self._dual(g)
                 return self._raw(x, answer)._replace(image=y)
-            if not self.deficient:
-                answer, _, x = self._definite(c, g)
-            else:
+            if self.deficient:
                 answer, x = self._least_norm(c, g)
-            return self._raw(x, answer)
+                return self._raw(x, answer)
+            answer, unit, x = self._definite(c, g)
+            image = answer.r[..., : self._op.shape[0], :] * -unit  # A x - c
+            return self._raw(x, answer)._replace(image=image)
 
     def loosely(self, tolerance: float) -> PreparedKrylov:
         """Return the same operator, solved to a relative tolerance."""
@@ -298,28 +300,30 @@ class PreparedKrylov:
         w = w.contiguous()
         states: list[Any] = []
 
-        def method(*arguments: Any, **keywords: Any) -> Any:
+        def watched(*arguments: Any, **keywords: Any) -> Any:
             states.append(self._kind(*arguments, **keywords))
             return states[-1]
 
-        def near(state: dict[str, Any]) -> bool:  # long before the residual is at its tolerance
+        def near(state: dict[str, Any]) -> bool:
+            if state["iteration"] % _PROBE_EVERY:
+                return False
             x = states[-1].x
-            return (
-                state["iteration"] % _PROBE_EVERY == 0
-                and x.shape == w.shape
-                and bool((norms(w - x) < level).all())
-            )
+            return x.shape == w.shape and bool((norms(w - x) < level).all())
 
-        settings = self._settings(op, scale, self._kind, near)
+        settings = self._settings(op, scale, self._kind, None)
         settings = dataclasses.replace(settings, atol=eps**0.5, btol=eps**0.5)
-        for _ in range(2):  # the first is enough for all but a large cond(B)
-            answer = solve_verified(method, op, op.mv(w), None, settings)
-            w = w - answer.x
+        run: Run | Answer = first_run(
+            watched, op, op.mv(w), dataclasses.replace(settings, report=near)
+        )
+        for again in (True, False):
+            w = w - run.x
             if bool((norms(w) < level).all()):
                 return True
-            if (answer.status == int(Status.MAXITER)).any():
+            if (run.status == int(Status.MAXITER)).any():
                 self.undecided = True
                 break
+            if again:  # needed where cond(B) is large
+                run = solve_verified(self._kind, op, op.mv(w), None, settings)
         return False
 
     def _run(self, op: Any, scale: Tensor | None, c: Tensor | None, g: Tensor | None) -> Answer:

@@ -26,7 +26,7 @@ from funclsq.passes import flat
 from funclsq.range import safe_norm
 from funclsq.solution import Status
 
-__all__ = ["Answer", "Settings", "solve_verified"]
+__all__ = ["Answer", "Settings", "first_run", "norms", "solve_verified"]
 
 _PASSES = 4  # runs at most: the first and three corrections
 _REDUCTION = 1e-6  # of the residual by each run with a preconditioner, which makes runs short
@@ -112,22 +112,7 @@ def solve_verified(
     Answer
         The solution with its residual and status.
     """
-    bnorm = norms(c)
-    zero = np.zeros_like(bnorm)
-    targets = Targets(
-        atol=settings.atol,
-        btol=settings.btol,
-        conlim=settings.conlim,
-        at_eps=settings.atol <= _AT_EPS * settings.eps,
-        bnorm=bnorm,
-        xnorm=zero,
-        rnorm=zero,
-        xlimit=settings.eps**-0.5 if settings.inverse is None else 0.0,
-        reduction=0.0 if settings.inverse is None else _REDUCTION,
-        consistent=g is None,
-        # With a preconditioner ||A|| is that of another norm, and so no measure of ||A|| ||x||.
-        bounded=g is None and not settings.definite and settings.inverse is None,
-    )
+    targets = _targets(settings, c, g)
     # CG with a preconditioner blows the rounding of A^H r up where r stays large. Its corrections
     # are sought from s itself: then r belongs to the correction, and is small.
     from_s = g is not None or (settings.inverse is not None and method is ExtendedCg)
@@ -181,6 +166,31 @@ def solve_verified(
         pending &= ~_consistent(answer, targets, settings.eps)
         answer.status[pending] = int(Status.STAGNATED)
     return answer
+
+
+def first_run(method: Callable[..., Any], op: Any, c: Tensor, settings: Settings) -> Run:
+    """One run for A^H A x = A^H c, its answer believed; arguments as of :func:`solve_verified`."""
+    targets, report = _targets(settings, c, None), _reporter(settings, 0)
+    return iterate(method, op, c, targets, settings.maxiter, report, **_extra(settings, None))
+
+
+def _targets(settings: Settings, c: Tensor, g: Tensor | None) -> Targets:
+    bnorm = norms(c)
+    zero = np.zeros_like(bnorm)
+    return Targets(
+        atol=settings.atol,
+        btol=settings.btol,
+        conlim=settings.conlim,
+        at_eps=settings.atol <= _AT_EPS * settings.eps,
+        bnorm=bnorm,
+        xnorm=zero,
+        rnorm=zero,
+        xlimit=settings.eps**-0.5 if settings.inverse is None else 0.0,
+        reduction=0.0 if settings.inverse is None else _REDUCTION,
+        consistent=g is None,
+        # With a preconditioner ||A|| is that of another norm, and so no measure of ||A|| ||x||.
+        bounded=g is None and not settings.definite and settings.inverse is None,
+    )
 
 
 def _mask(columns: np.ndarray, like: Tensor) -> Tensor:
