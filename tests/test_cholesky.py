@@ -83,6 +83,36 @@ def test_as_accurate_as_qr(family, cond, wide):
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["tall", "wide"])
+@pytest.mark.parametrize("atol", [1e-11, 1e-8, 1e-6])
+@pytest.mark.parametrize("cond", [1.5, 1e2, 1e4, 1e7])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_a_tolerance_the_error_is_below_it_and_no_needless_solve_is_made(
+    family, cond, atol, wide, monkeypatch
+):
+    A = FAMILIES[family](cond, np.random.default_rng(0))
+    A = A.T.copy() if wide else A
+    solves, whole = [], _normal.Normal.solve
+    monkeypatch.setattr(_normal.Normal, "solve", lambda n, q: solves.append(0) or whole(n, q))
+    damp = None if wide else torch.full((A.shape[1],), 0.5, dtype=torch.float64)
+    for d in (None, damp):
+        exact = Exact(A, None if d is None else d.numpy())
+        prepared, full = (prepare(sparse_op(A), d, Options(atol=t)) for t in (atol, None))
+        for kind, c, g in right_sides(A, np.random.default_rng(1)):
+            counts, errors = [], []
+            for each in (prepared, full):
+                solves.clear()
+                x, status = solve(each, c, g)
+                counts.append(len(solves))
+                assert status.item() == Status.DIRECT
+                true, image = exact.solve(c, g)
+                errors.append(error(A @ x, image) if kind == "dual" else error(x, true))
+            assert errors[0] <= atol + 10 * errors[1], kind
+            assert counts[0] <= counts[1]
+            if d is not None and atol >= 1e-8 and cond < 1e5:
+                assert counts[0] == 1 < counts[1], kind
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["tall", "wide"])
 @pytest.mark.parametrize("damp", [1.0, 1e-2, 1e-4, 1e-8])
 def test_damped_as_accurate_as_qr(damp, wide):
     A = FAMILIES["arrow"](1e10, np.random.default_rng(0))

@@ -191,6 +191,27 @@ def test_direct_backward_uses_the_kept_factor(counts, problem, damp):
     assert 1 <= backward <= forward + DIRECT
 
 
+@pytest.mark.parametrize("damp", [0.0, 0.5])
+def test_with_a_tolerance_a_direct_gradient_is_one_solve(counts, damp):
+    """Two triangular solves: a well-conditioned problem needs no correction to reach 1e-8."""
+    S, values = random_pattern(300, 40, 6, 7)
+    values.requires_grad_()
+    b = torch.randn(300, dtype=torch.float64, requires_grad=True)
+    found = []
+    for atol in (None, 1e-8):
+        options = {} if atol is None else {"atol": atol}
+        x = fl.lstsq(fl.Sparse(S, values), b, damp=damp, solver="cholesky", **options)
+        _, _, forward = counts.take()
+        bars = torch.autograd.grad(x.square().sum(), (values, b))
+        _, refactored, backward = counts.take()
+        assert refactored == 0
+        found.append((forward, backward, x.detach(), *bars))
+    (forward, backward, *exact), (less, once, *found) = found
+    assert once == 1 < backward and less == forward - 1
+    for a, c in zip(found, exact):
+        assert torch.linalg.vector_norm(a - c) <= 1e-8 * torch.linalg.vector_norm(c)
+
+
 def test_what_nobody_asks_for_costs_nothing(counts, monkeypatch):
     """b_bar alone takes no sampled outer product, and no null-space term."""
     S, values = PROBLEMS["random"]()

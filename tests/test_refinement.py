@@ -44,14 +44,14 @@ class Script:
     def step(self, x, dx):
         return x if self.image else x + dx
 
-    def run(self, energy=False, eps=EPS, unit=1.0):
+    def run(self, energy=False, eps=EPS, unit=1.0, floor=None):
         B = DenseOp(unit * torch.tensor([[0.6], [0.8]], dtype=torch.float64))
 
         def whole(x):
             return _refine._norms(x if self.image else B.mv(x)) if energy else None
 
         return _refine._iterate(
-            B, self.rough, self.residual, self.step, self.start, whole, eps, self.image
+            B, self.rough, self.residual, self.step, self.start, whole, eps, self.image, floor
         )
 
 
@@ -269,3 +269,61 @@ def test_no_correction_is_made_that_is_foretold_to_be_a_quarter_of_the_goal(
     assert status.tolist() == [DIRECT, DIRECT]
     far = float((x - (A @ g if image else g)).norm() / g.norm())
     assert far <= 2 * max(1e-4 ** (corrections + 1), EPS)
+
+
+# Where a lower bound of the singular values tells that no correction is needed
+
+
+def leaves_out(sizes, powers, goal, floor, image=False, energy=False, length=1.0):
+    """Whether no correction is made to a solution, or an image, of this length."""
+    script = Script(sizes, powers=[powers], image=image, length=length)
+    _, status, steps = script.run(energy=energy, eps=goal, floor=np.asarray(floor))
+    assert status.tolist() == [DIRECT]
+    assert script.at == (1 if steps.item() == 0 else steps.item())
+    return steps.item() == 0
+
+
+@pytest.mark.parametrize("goal", [1e-12, 1e-6])
+@pytest.mark.parametrize("floor", [1.0, 1e-2])
+def test_a_first_correction_is_left_out_where_the_residual_bounds_it(goal, floor):
+    # sizes of dx and of <dx, q>^(1/2); |q| is then power^2 / size
+    for part, left_out in ((0.99, True), (1.01, False)):
+        q = part * 0.25 * goal * floor**2  # |x| = 1
+        size = 0.5 * goal * q
+        assert leaves_out([1.0, size], [1.0, (q * size) ** 0.5], goal, floor) == left_out
+
+
+@pytest.mark.parametrize("floor", [1.0, 1e-2])
+def test_with_a_right_hand_side_in_the_domain_the_image_counts_too(floor):
+    goal = 1e-9
+    for part, left_out in ((0.99, True), (1.01, False)):
+        # |B x| = |x| = 1 here, so that |q| / floor^2 is the greater of the two bounds
+        q = part * 0.25 * goal * floor**2
+        size = 0.5 * goal * q
+        powers = [1.0, (q * size) ** 0.5]
+        assert leaves_out([1.0, size], powers, goal, floor, energy=True) == left_out
+    B = DenseOp(1e-3 * torch.tensor([[0.6], [0.8]], dtype=torch.float64))  # |B x| = 1e-3 |x|
+    x = torch.ones((1, 1), dtype=torch.float64)
+    whole = _refine._norms(B.mv(x))
+    for part, needless in ((0.99, True), (1.01, False)):
+        q = torch.full((1, 1), part * 0.25 * goal * 10.0 * 1e-3, dtype=torch.float64)
+        assert _refine._needless(q, x, whole, None, goal, np.asarray(10.0)) == [needless]
+
+
+def test_of_an_image_the_relative_residual_and_the_error_count():
+    goal, aim = 1e-9, np.array([4.0])
+    y = torch.ones((3, 1), dtype=torch.float64)
+    whole = np.array([2.0])
+    for floor, limit in ((10.0, 4.0), (0.1, 0.2)):  # |g|, then floor |y|
+        for part, needless in ((0.99, True), (1.01, False)):
+            q = torch.full((1, 1), part * 0.25 * goal * limit, dtype=torch.float64)
+            assert _refine._needless(q, y, whole, aim, goal, np.asarray(floor)) == [needless]
+
+
+def test_columns_and_members_are_judged_on_their_own():
+    goal = 1e-8
+    q = torch.tensor([[[1e-9, 1e-7]], [[1e-9, 1e-13]]], dtype=torch.float64)
+    x = torch.ones((2, 1, 2), dtype=torch.float64)
+    floor = np.array([[1.0], [1e-2]])
+    found = _refine._needless(q, x, None, None, goal, floor)
+    assert found.tolist() == [[True, False], [False, True]]

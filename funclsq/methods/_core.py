@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ __all__ = ["Core", "NeedsDense"]
 EASIEST = 20.0  # up to this one a factor in single precision contracts by 1e-4
 EASY = 1e6  # up to this condition number the plain factor contracts fast enough
 _SLACK = 20.0  # times the rank tolerance that a residual of the equations may be
+_FULLY = 8.0  # units of rounding up to which full accuracy is asked for
 _QUICK = 3  # corrections after which a factor of an easy matrix is not believed unseen
 _UNEVEN = 10.0  # from which ratio of their lengths on null vectors are sharpened twice
 MARGIN = 10.0  # full rank is sure if the smallest singular value is so far above the tolerance
@@ -220,7 +222,7 @@ class Core:
         scale = self.normal.scale.unsqueeze(-1)
         if g is not None:
             g = scale * self.project(g)
-        x, status, steps = refine(self.normal.B, self._rough, c, g, self._goal)
+        x, status, steps = refine(self.normal.B, self._rough, c, g, self._goal, self._floor())
         x = self.project(scale * x)
         if self.null is not None:
             # a long part of x along the null vectors leaves its rounding behind, seen by B or not
@@ -229,6 +231,19 @@ class Core:
             y, s = self._residual(x, c, g)
             status = self._judged(status, s, c, g, y, 2)
         return self._checked(x, status, steps)
+
+    def _floor(self) -> np.ndarray | None:
+        """A lower bound of the singular values of B S; None where none is known or of use."""
+        if self._goal <= _FULLY * self.normal.eps or self.small is not None:
+            return None
+        bound = self.normal.cond_bound
+        if math.isfinite(bound):
+            return np.asarray(math.sqrt(self.normal.n) / bound)
+        found = self._bottom if self._first is None else self._first[1]
+        if found is None:
+            return None
+        floor = found.to(torch.float64).cpu().numpy() / MARGIN
+        return floor if self.normal.batch is None else floor[..., None]
 
     def _residual(self, x: Tensor, c: Tensor | None, g: Tensor | None) -> tuple[Tensor, Tensor]:
         """x in the scaled variables, and B^H (c - B x) + g."""
@@ -277,7 +292,8 @@ class Core:
         """Return B G^+ g, status and corrections per column."""
         g = self.normal.scale.unsqueeze(-1) * self.project(g)
         fine = None if self.small is None else self._fine
-        y, status, steps = refine_image(self.normal.B, self._rough, fine, g, self._goal)
+        B, goal = self.normal.B, self._goal
+        y, status, steps = refine_image(B, self._rough, fine, g, goal, self._floor())
         if self._doubtful(steps):
             status = self._judged(status, g - self.normal.B.rmv(y), None, g, y, 1)
         return self._checked(y, status, steps)

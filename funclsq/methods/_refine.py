@@ -9,6 +9,10 @@ and the outer refinement keeps the accuracy that they alone would lose.
 A right-hand side g asks for B x to be accurate (x itself has the error eps cond^2 there), so
 progress is measured in |B dx| = <dx, q>^(1/2) as well.
 
+Where less than full accuracy is asked for, the first correction need not be made to see that it is
+not needed: with sigma a lower bound of the singular values of B, |dx| <= |q| / sigma^2 and
+|B dx| <= |q| / sigma.
+
 References
 ----------
 A. Bjorck, Stability analysis of the method of seminormal equations for linear least squares
@@ -43,7 +47,12 @@ Rough = Callable[[Tensor], Tensor]
 
 
 def refine(
-    B: Operator, rough: Rough, c: Tensor | None, g: Tensor | None, goal: float
+    B: Operator,
+    rough: Rough,
+    c: Tensor | None,
+    g: Tensor | None,
+    goal: float,
+    floor: np.ndarray | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return x = (B^H B)^-1 (B^H c + g), status and corrections made per column.
 
@@ -57,6 +66,8 @@ def refine(
         The right-hand sides.
     goal : float
         Relative size of the first correction that is not made: the unit roundoff, or more.
+    floor : array or None, () or (b, 1)
+        Lower bound of the singular values of B, if the first correction may be left out by it.
     """
     r: Tensor | None = None  # its memory is used again: that of new blocks costs as much as B x
     whole: np.ndarray | None = None
@@ -93,7 +104,7 @@ def refine(
     def step(x: Tensor, dx: Tensor) -> Tensor:
         return x + dx
 
-    return _iterate(B, rough, residual, step, lambda dx: dx, size, goal)
+    return _iterate(B, rough, residual, step, lambda dx: dx, size, goal, False, floor)
 
 
 def _passes(B: Operator, c: Tensor | None, g: Tensor | None) -> Any:
@@ -106,7 +117,12 @@ def _passes(B: Operator, c: Tensor | None, g: Tensor | None) -> Any:
 
 
 def refine_image(
-    B: Operator, rough: Rough, fine: Rough | None, g: Tensor, goal: float
+    B: Operator,
+    rough: Rough,
+    fine: Rough | None,
+    g: Tensor,
+    goal: float,
+    floor: np.ndarray | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y = B (B^H B)^-1 g, the least vector with B^H y = g, status and corrections.
 
@@ -132,11 +148,12 @@ def refine_image(
         _norms,
         goal,
         True,
+        floor,
     )
 
 
 @np.errstate(all="ignore")  # ratios of corrections that are none, or leave the range
-def _iterate(B, rough, residual, step, start, energy, goal, image=False):
+def _iterate(B, rough, residual, step, start, energy, goal, image=False, floor=None):
     """Refine until the corrections stop falling, per column; what decides that is NumPy's.
 
     ``energy`` gives |B x| of the x whose residual was taken last, None where it does not count.
@@ -152,10 +169,16 @@ def _iterate(B, rough, residual, step, start, energy, goal, image=False):
     inner = np.zeros_like(done)
     best = np.full_like(first, np.inf)  # relative size of the smallest correction
     steps = np.zeros(first.shape, dtype=np.int64)
+    bounded = np.zeros_like(done)
     for number in range(1, _STEPS + 1):
         if done.all():
             break
         q = residual(x)
+        if number == 1 and floor is not None:
+            bounded = ~done & _needless(q, x, energy(x), aim if image else None, goal, floor)
+            done |= bounded
+            if done.all():
+                break
         dx = _conjugate_gradients(B, rough, q) if (inner & ~done).any() else rough(q)
         new_plain, new_power = _norms(q if image else dx), _power(dx, q)
         seen = []
@@ -181,11 +204,20 @@ def _iterate(B, rough, residual, step, start, energy, goal, image=False):
         inner |= (rate > _FAST) & ~done
         plain = np.where(take, new_plain, plain)
         power = np.where(take, new_power, power)
-    accepted = (fast & (best < _SURE)) | (best == 0) | (first == 0)
+    accepted = (fast & (best < _SURE)) | (best == 0) | (first == 0) | bounded
     status = np.where(accepted, np.int64(Status.DIRECT), np.int64(Status.INACCURATE))
     if not finite(x):
         status[~torch.isfinite(x).all(-2).cpu().numpy()] = int(Status.NONFINITE)
     return x, _like(status, x), _like(steps, x)
+
+
+def _needless(q, x, whole, aim, goal, floor):
+    """Whether the correction for a residual q is below the goal whatever its direction."""
+    size = _norms(q)
+    sizes = [size / floor**2 / _norms(x) if aim is None else size / aim]
+    if whole is not None:
+        sizes.append(size / floor / whole)
+    return np.all([relative <= 0.25 * goal for relative in sizes], axis=0)
 
 
 def _like(numbers: np.ndarray, x: Tensor) -> Tensor:

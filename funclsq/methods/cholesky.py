@@ -52,7 +52,8 @@ def prepare(
     damp : Tensor or None, (n,) or (b, n), real, >= 0
         Diagonal damping.
     options : Options
-        ``atol`` is the relative size, at most 1e-6, of the first correction that is not made;
+        ``atol`` is the relative size, at most 1e-6, of the first correction that is not made, as
+        foretold by those before or by the residual and the smallest singular value;
         where a damped problem is factored by rows none is left out. ``backend`` names a sparse
         backend; without one the factor is dense where a sparse one would be nearly full (``full``
         says so). ``rcond`` is the rank tolerance, default max(m, n) eps: the rank counts the

@@ -20,6 +20,7 @@ PATIENCE = 2.0  # seconds for a forward and a backward pass, beyond which a way 
 
 WAYS: dict[str, dict[str, Any]] = {
     "cholesky": {"solver": "cholesky"},
+    "cholesky, to 1e-8": {"solver": "cholesky", "atol": 1e-8},
     "lsmr, rank known": {"solver": "lsmr", "rank": "full", "atol": 1e-10, "btol": 1e-10},
     "lsmr, rank unknown": {"solver": "lsmr", "atol": 1e-10, "btol": 1e-10},
 }
@@ -56,7 +57,7 @@ def adjoints(names: tuple[str, ...], repetitions: int) -> list[dict[str, Any]]:
                 {
                     "problem": name,
                     "title": problem.name,
-                    "way": way.split(",")[0] + ", damped" if problem.damp else way,
+                    "way": way.split(", rank")[0] + ", damped" if problem.damp else way,
                     "forward": forward,
                     "backward": backward,
                 }
