@@ -17,6 +17,7 @@ __all__ = [
     "apply",
     "apply_diagonal",
     "cg_step",
+    "craig_step",
     "descend",
     "descend_diagonal",
     "lengths",
@@ -223,6 +224,14 @@ def lsqr_step(v, unit, w, x, b, c):
         v[i] *= unit
         x[i] += b * w[i]
         w[i] = v[i] + c * w[i]
+
+
+@_compiled(fastmath={"contract"})
+def craig_step(u, a, d, b, x, s):
+    """d <- a u + b d, x <- x + s d."""
+    for i in range(_at(u.size)):
+        d[i] = a * u[i] + b * d[i]
+        x[i] += s * d[i]
 
 
 @_compiled(fastmath={"contract"})

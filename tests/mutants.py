@@ -68,6 +68,7 @@ AREAS = {
             "methods.lsmr": (),
             "methods.lsqr": (),
             "methods._golub_kahan": (),
+            "methods._craig": (),
             "methods._extended_cg": (),
             "methods._watch": (),
             "methods._iterate": (),

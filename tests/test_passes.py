@@ -130,6 +130,11 @@ def test_vector_loops_are_what_they_say(dtype):
     for found, want in zip(a, (2 * v, 2 * v + 0.25 * w, x + 3 * w)):
         close(found, want, dtype)
 
+    a = [t.copy() for t in (w, x)]
+    loops.craig_step(v, 2.0, a[0], 0.5, a[1], 3.0)
+    for found, want in zip(a, (2 * v + 0.5 * w, x + 3 * (2 * v + 0.5 * w))):
+        close(found, want, dtype)
+
     a = [t.copy() for t in (x, p)]
     loops.cg_step(a[0], 3.0, a[1], v, 0.25)
     for found, want in zip(a, (x + 3 * p, v + 0.25 * p)):

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from funclsq import passes
+from funclsq.methods._craig import Craig
 from funclsq.methods._extended_cg import ExtendedCg
 from funclsq.methods._scalars import scalars_for
 from funclsq.methods.lsmr import Lsmr
 from funclsq.methods.lsqr import Lsqr
-from funclsq.operators import DenseOp
+from funclsq.operators import DenseOp, SparseOp, StackedOp
+from funclsq.pattern import SparsityPattern
 
 M, N, STEPS = 12, 7, 5
 METHODS = {"lsmr": Lsmr, "lsqr": Lsqr, "cgls": ExtendedCg, "cgls with g": ExtendedCg}
@@ -45,10 +48,22 @@ def _close(got, want):
     np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11)
 
 
+@pytest.fixture(params=["products", "passes"])
+def operator(request, monkeypatch):
+    """A dense operator, or a sparse one that a single column passes in compiled loops."""
+    if request.param == "products":
+        return lambda A: DenseOp(torch.from_numpy(A))
+    pytest.importorskip("numba")
+    monkeypatch.setattr(passes, "LEAST", 0)
+    places = np.divmod(np.arange(M * N), N)
+    S = SparsityPattern(*places, (M, N))
+    return lambda A: SparseOp(S, torch.from_numpy(A.ravel()))
+
+
 @pytest.mark.parametrize("columns", [1, 3])
 @pytest.mark.parametrize("preconditioned", [False, True], ids=["plain", "preconditioned"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_step_is_the_best_of_its_subspace(method, preconditioned, columns):
+def test_every_step_is_the_best_of_its_subspace(method, preconditioned, columns, operator):
     A, b, g = _draw(0, M, N), _draw(1, M, columns), None
     L = np.linalg.cholesky(A.conj().T @ A + np.diag(np.arange(1.0, N + 1)) * 8)
     L = L if preconditioned else np.eye(N)
@@ -57,7 +72,7 @@ def test_every_step_is_the_best_of_its_subspace(method, preconditioned, columns)
     if method.endswith("g"):
         g = options["g"] = torch.from_numpy(_draw(2, N, columns))
     rhs = torch.from_numpy(b)
-    state = METHODS[method](DenseOp(torch.from_numpy(A)), rhs, scalars_for(rhs), **options)
+    state = METHODS[method](operator(A), rhs, scalars_for(rhs), **options)
     C = np.linalg.solve(L, A.conj().T).conj().T
     # A^H c + g is A^H of this
     whole = b if g is None else b + np.linalg.pinv(A).conj().T @ g.numpy()
@@ -86,6 +101,39 @@ def test_every_step_is_the_best_of_its_subspace(method, preconditioned, columns)
                 B = np.abs(U.conj().T @ C @ V)
                 want = B.diagonal().max() + B.diagonal(-1).max()
             _close(np.ravel(state.anorm)[i], want)
+
+
+@pytest.mark.parametrize("damped", [False, True])
+def test_every_step_of_craigs_method_is_that_of_conjugate_gradients(damped, monkeypatch):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(passes, "LEAST", 0)
+    A, g = _draw(0, M, N), _draw(2, N, 1)
+    op = SparseOp(
+        SparsityPattern(*np.divmod(np.arange(M * N), N), (M, N)), torch.from_numpy(A.ravel())
+    )
+    if damped:
+        damp = np.arange(1.0, N + 1)
+        op, A = StackedOp(op, torch.from_numpy(damp)), np.vstack([A, np.diag(damp)])
+    rhs = torch.zeros((len(A), 1), dtype=torch.complex128)
+    state = Craig(op, rhs, scalars_for(rhs), g=torch.from_numpy(g))
+    g, G = g[:, 0], A.conj().T @ A
+    _close(state.arnorm, np.linalg.norm(g))
+    U = _basis(g, lambda v: G @ v, STEPS + 1)
+    V = np.linalg.qr(A @ U)[0]
+    alpha, beta = (np.abs((V.conj().T @ A @ U).diagonal(k)) for k in (0, 1))
+    stretches = []
+    for step in range(1, STEPS + 1):
+        state.step()
+        part = U[:, :step]
+        x = part @ np.linalg.solve(part.conj().T @ G @ part, part.conj().T @ g)
+        _close(state.x.numpy()[:, 0], x)
+        _close(state.rnorm, np.linalg.norm(A @ x))
+        _close(state.arnorm, np.linalg.norm(g - G @ x))
+        _close(state.anorm, alpha[:step].max() + beta[:step].max())
+        d = state.d.numpy()[:, 0]
+        _close(np.linalg.norm(A @ d), 1.0)
+        stretches.append(1 / np.linalg.norm(d))
+        _close(state.acond, max(stretches) / min(stretches))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -29,7 +29,7 @@ from torch import Tensor
 from funclsq.methods._scalars import REPRESENTABLE, Scalars, keep_columns, one_column
 from funclsq.passes import flat
 
-__all__ = ["GolubKahan", "Inverse"]
+__all__ = ["GolubKahan", "Inverse", "in_one_pass", "turned"]
 
 Inverse = Callable[[Tensor], Tensor]
 
@@ -110,21 +110,41 @@ class GolubKahan:
         What is left to do is to divide v by alpha, which its user does on the way.
         """
         s, u, old, p = self.scalars, self._flat_u, self._flat_p, self._flat_next
-        p.fill(0)
-        square = passes.through(old, s.div(self.alpha, self._length), u, p)
-        self.beta = self._length = math.sqrt(square)
-        if not REPRESENTABLE[0] < square < REPRESENTABLE[1]:
-            self.beta, self._length = s.norm(self.u), 1.0
-            s.scale(self.u, s.inverse(self.beta))
-            p.fill(0)
-            passes.adjoint(u, p)
-        square = passes.loops.turn(p, s.inverse(self._length), old, self.beta)
+        scale = s.div(self.alpha, self._length)
+        self.beta, self._length = in_one_pass(passes, s, old, scale, self.u, u, p)
+        inverse = s.inverse(self._length)
+        self.alpha = turned(passes, s, p, inverse, old, self.beta, self.p_next)
         self.p, self.p_next = self.p_next, self.p
         self._flat_p, self._flat_next = p, old
-        self.v, self.alpha = self.p, math.sqrt(square)
-        if not REPRESENTABLE[0] < square < REPRESENTABLE[1]:
-            self.alpha = s.norm(self.p)
+        self.v = self.p
 
     def keep(self, columns: Tensor) -> None:
         """Drop all but these columns of the state."""
         keep_columns(self, ("u", "v", "u_next", "p", "p_next"), ("alpha", "beta"), columns)
+
+
+def in_one_pass(
+    passes: Any, scalars: Any, x: Any, scale: float, U: Tensor, u: Any, p: Any
+) -> tuple[float, float]:
+    """u <- A x - scale u, p <- A^H u for arrays, u that of U; ||u||, and the length u is left with.
+
+    Where the square of ||u|| leaves the range, u is given the length one and p made again.
+    """
+    p.fill(0)
+    square = passes.through(x, scale, u, p)
+    if REPRESENTABLE[0] < square < REPRESENTABLE[1]:
+        norm = math.sqrt(square)
+        return norm, norm
+    norm = scalars.norm(U)
+    scalars.scale(U, scalars.inverse(norm))
+    p.fill(0)
+    passes.adjoint(u, p)
+    return norm, 1.0
+
+
+def turned(passes: Any, scalars: Any, p: Any, a: float, old: Any, b: float, P: Tensor) -> float:
+    """p <- a p - b old for arrays, p that of P; ||p||."""
+    square = passes.loops.turn(p, a, old, b)
+    if REPRESENTABLE[0] < square < REPRESENTABLE[1]:
+        return math.sqrt(square)
+    return scalars.norm(P)

@@ -2,8 +2,8 @@
 
 solve(c, g) gives x = G^+ (A^H c + g) for G = A^H A + D^2, through B = [A; D] S:
 
-- B of full column rank: any column scaling S is admissible, and one run of ExtendedCg gives
-  z = G^-1 g with A z. Unit columns as a rule; for m < n and D > 0 S = D^-1, which leaves
+- B of full column rank: any column scaling S is admissible, and one run of ExtendedCg or Craig
+  gives z = G^-1 g with A z. Unit columns as a rule; for m < n and D > 0 S = D^-1, which leaves
   B^H B = (A S)^H A S + 1 with the one eigenvalue 1 on the null space of A S, where the right-hand
   side A^H c has no part: at most m steps, and the condition of A A^H + D^2 decides. There z comes
   from a run on (A S)^H (see _dual), as a g has a part in the null space that would drown A z;
@@ -27,10 +27,12 @@ import torch
 from torch import Tensor
 
 from funclsq.methods._blocks import Adjoint, even_damping, padded, units, worse
+from funclsq.methods._craig import Craig
 from funclsq.methods._extended_cg import ExtendedCg
 from funclsq.methods._iterate import Run
 from funclsq.methods._progress import reporter
 from funclsq.methods._protocol import Options, Raw
+from funclsq.methods._scalars import one_column, scalars_for
 from funclsq.methods._verify import Answer, Settings, first_run, norms, solve_verified
 from funclsq.operators import StackedOp
 from funclsq.solution import Method, Status
@@ -327,13 +329,16 @@ class PreparedKrylov:
         return False
 
     def _run(self, op: Any, scale: Tensor | None, c: Tensor | None, g: Tensor | None) -> Answer:
-        """Run the method, or ExtendedCg where there is a g, on a scaled system."""
-        if c is None:
-            assert g is not None
-            c = g.new_zeros((*g.shape[:-2], op.shape[0], g.shape[-1]))
+        """Run the method, or ExtendedCg (or Craig's) where there is a g, on a scaled system."""
         method = self._kind if g is None else ExtendedCg
         with reporter(self._options) as report:
-            return solve_verified(method, op, c, g, self._settings(op, scale, method, report))
+            settings = self._settings(op, scale, method, report)
+            if c is None:
+                assert g is not None
+                c = g.new_zeros((*g.shape[:-2], op.shape[0], g.shape[-1]))
+                if settings.inverse is None and one_column(op, scalars_for(c)) is not None:
+                    method = Craig
+            return solve_verified(method, op, c, g, settings)
 
     def _inverse(self, scale: Tensor | None) -> Callable[[Tensor], Tensor] | None:
         """Give the preconditioner of the scaled variable: N = S A0^H A0 S."""
