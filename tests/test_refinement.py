@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from funclsq import passes
 from funclsq.methods import _refine
-from funclsq.operators import DenseOp
+from funclsq.operators import DenseOp, SparseOp
+from funclsq.pattern import SparsityPattern
 from funclsq.solution import Status
 
 EPS = 2.0**-52
@@ -236,7 +238,7 @@ def test_with_the_inverse_one_correction_is_enough():
     B, inverse = DenseOp(A), torch.linalg.inv(A.mT @ A)
     for of_c, of_g in ((c, None), (None, g), (c, g)):
         want = inverse @ ((0 if of_c is None else A.mT @ c) + (0 if of_g is None else g))
-        x, status, steps = _refine.refine(B, lambda q: inverse @ q, of_c, of_g, EPS)
+        x, status, steps, _ = _refine.refine(B, lambda q: inverse @ q, of_c, of_g, EPS)
         torch.testing.assert_close(x, want)
         assert (steps.tolist(), status.tolist()) == ([1, 1], [DIRECT, DIRECT])
     for fine in (None, lambda q: inverse @ q):
@@ -264,7 +266,7 @@ def test_no_correction_is_made_that_is_foretold_to_be_a_quarter_of_the_goal(
     if image:
         x, status, steps = _refine.refine_image(B, rough, None, g, goal)
     else:
-        x, status, steps = _refine.refine(B, rough, None, g, goal)
+        x, status, steps, _ = _refine.refine(B, rough, None, g, goal)
     assert steps.tolist() == [corrections, corrections]
     assert status.tolist() == [DIRECT, DIRECT]
     far = float((x - (A @ g if image else g)).norm() / g.norm())
@@ -327,3 +329,23 @@ def test_columns_and_members_are_judged_on_their_own():
     floor = np.array([[1.0], [1e-2]])
     found = _refine._needless(q, x, None, None, goal, floor)
     assert found.tolist() == [[True, False], [False, True]]
+
+
+@pytest.mark.parametrize("passing", [False, True])
+@pytest.mark.parametrize("kind", ["c", "g", "both"])
+def test_the_image_of_a_solution_without_corrections_comes_with_it(kind, passing, monkeypatch):
+    if passing:
+        pytest.importorskip("numba")
+    monkeypatch.setattr(passes, "LEAST", 0 if passing else 1 << 60)
+    rng = np.random.default_rng(0)
+    A = torch.from_numpy(np.linalg.qr(rng.standard_normal((9, 4)))[0])
+    S = SparsityPattern(*np.divmod(np.arange(36), 4), (9, 4))
+    B = SparseOp(S, A.reshape(-1))
+    c, g = (torch.from_numpy(rng.standard_normal((k, 1))) for k in (9, 4))
+    c, g = None if kind == "g" else c, None if kind == "c" else g
+    floor = np.asarray(0.9)
+    x, _, steps, image = _refine.refine(B, lambda q: q, c, g, 1e-9, floor)
+    assert steps.tolist() == [0]
+    torch.testing.assert_close(image, A @ x if c is None else A @ x - c, rtol=1e-13, atol=1e-13)
+    *_, steps, image = _refine.refine(B, lambda q: 1.001 * q, c, g, 1e-9, floor)
+    assert steps.item() > 0 and image is None

@@ -217,12 +217,15 @@ class Core:
                 v = v - self.null @ (self.null.mH @ v)
         return v
 
-    def solve(self, c: Tensor | None, g: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return G^+ (B^H c + g), status and corrections per column."""
+    def solve(
+        self, c: Tensor | None, g: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return x = G^+ (B^H c + g), status and corrections per column, B x - c if it came up."""
         scale = self.normal.scale.unsqueeze(-1)
         if g is not None:
             g = scale * self.project(g)
-        x, status, steps = refine(self.normal.B, self._rough, c, g, self._goal, self._floor())
+        B, goal = self.normal.B, self._goal
+        x, status, steps, image = refine(B, self._rough, c, g, goal, self._floor())
         x = self.project(scale * x)
         if self.null is not None:
             # a long part of x along the null vectors leaves its rounding behind, seen by B or not
@@ -230,7 +233,7 @@ class Core:
         if self._doubtful(steps):
             y, s = self._residual(x, c, g)
             status = self._judged(status, s, c, g, y, 2)
-        return self._checked(x, status, steps)
+        return *self._checked(x, status, steps), image
 
     def _floor(self) -> np.ndarray | None:
         """A lower bound of the singular values of B S; None where none is known or of use."""

@@ -42,14 +42,14 @@ class Dual:
         ones = damp.new_ones((*damp.shape[:-1], op.shape[0]))
         self.core = Core(StackedOp(flipped(op.scaled(col=1 / damp)), ones), rcond, backend, True)
 
-    def solve(self, c: Tensor | None, g: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def solve(self, c: Tensor | None, g: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None]:
         """Return (A^H A + D^2)^-1 (A^H c + g), status and corrections per column."""
         x, status, steps = self._apply(c, g)
         Ax = self._op.mv(x)
         left = -Ax if c is None else c - Ax
         push = self._damp**2 * x
         dx, again, more = self._apply(left, -push if g is None else g - push)
-        return x + dx, torch.maximum(status, again), steps + more
+        return x + dx, torch.maximum(status, again), steps + more, None
 
     def _apply(self, c: Tensor | None, g: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         n = self._op.shape[1]

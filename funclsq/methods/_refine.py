@@ -53,8 +53,10 @@ def refine(
     g: Tensor | None,
     goal: float,
     floor: np.ndarray | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x = (B^H B)^-1 (B^H c + g), status and corrections made per column.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return x = (B^H B)^-1 (B^H c + g), status and corrections made per column, and B x - c.
+
+    The last is None unless it came up: where x is what the residual was taken of.
 
     Parameters
     ----------
@@ -104,7 +106,10 @@ def refine(
     def step(x: Tensor, dx: Tensor) -> Tensor:
         return x + dx
 
-    return _iterate(B, rough, residual, step, lambda dx: dx, size, goal, False, floor)
+    x, status, steps = _iterate(B, rough, residual, step, lambda dx: dx, size, goal, False, floor)
+    if r is None or bool(steps.any()):
+        return x, status, steps, None
+    return x, status, steps, r if passes is not None or c is None else r.neg_()
 
 
 def _passes(B: Operator, c: Tensor | None, g: Tensor | None) -> Any:

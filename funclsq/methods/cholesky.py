@@ -16,6 +16,7 @@ A D^-2 A^H + I is factored if it is the smaller (see _dual).
 from __future__ import annotations
 
 import warnings
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ from funclsq.operators import Operator, StackedOp
 from funclsq.solution import Method
 
 __all__ = ["NeedsDense", "predict", "prepare"]
+
+Solved: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None]  # x, status, steps, A x - c
 
 _ROUGHEST = 1e-6  # relative accuracy below which no refinement stops
 
@@ -137,8 +140,8 @@ class CholeskyPrepared:
 
     def solve(self, c: Tensor | None, g: Tensor | None) -> Raw:
         """Apply x = G^+ (A^H c + g)."""
-        x, status, steps = self._problem.solve(self._lift(c), self._lift(g))
-        return Raw(x.to(self.dtype), status, steps)
+        x, status, steps, image = self._problem.solve(self._lift(c), self._lift(g))
+        return Raw(x.to(self.dtype), status, steps, None if image is None else image.to(self.dtype))
 
     def _lift(self, v: Tensor | None) -> Tensor | None:
         if v is None:
@@ -155,10 +158,13 @@ class _Tall:
     def __init__(self, core: Core, extra: int) -> None:
         self.core, self._extra = core, extra
 
-    def solve(self, c: Tensor | None, g: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def solve(self, c: Tensor | None, g: Tensor | None) -> Solved:
         if c is not None and self._extra:
             c = torch.nn.functional.pad(c, (0, 0, 0, self._extra))
-        return self.core.solve(c, g)
+        x, status, steps, image = self.core.solve(c, g)
+        if image is not None and self._extra:
+            image = image[..., : -self._extra, :]
+        return x, status, steps, image
 
 
 class _Wide:
@@ -167,12 +173,12 @@ class _Wide:
     def __init__(self, core: Core) -> None:
         self.core = core
 
-    def solve(self, c: Tensor | None, g: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def solve(self, c: Tensor | None, g: Tensor | None) -> Solved:
         if g is None:
-            return self.core.image(c)  # type: ignore[arg-type]
-        u, first, before = self.core.solve(g, None)
+            return *self.core.image(c), None  # type: ignore[arg-type]
+        u, first, before, _ = self.core.solve(g, None)
         x, status, steps = self.core.image(u if c is None else u + c)
-        return x, torch.maximum(status, first), steps + before
+        return x, torch.maximum(status, first), steps + before, None
 
 
 def _tell_other_rank(found: Tensor, options: Options) -> None:
