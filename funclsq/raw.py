@@ -232,10 +232,12 @@ def _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x, check, need_s):
         x = some.new_zeros((*s.shape[:-2], n, s.shape[-1]))
     else:
         x, s, result = _applied(entry, entry.prepared, w, weighted, g, as_is)
+        sharp = result.sharp and s is not None
         if need_s and s is None:
             s = entry.op.mv(x)
             if c is not None:
                 s = torch.sub(s, c, out=s)
+        if need_s and not sharp:
             followed = plan.differentiated or not norms
             if d2 is not None and followed and plan.options.solver in _REFINED:
                 refined, s = recovered(plan, entry, w, d2, c, g, x, s, _again)

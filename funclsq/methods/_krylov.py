@@ -174,7 +174,7 @@ class PreparedKrylov:
             if c is None and self._by_rows():
                 assert g is not None
                 answer, y, x = self._dual(g)
-                return self._raw(x, answer)._replace(image=y)
+                return self._raw(x, answer)._replace(image=y, sharp=True)
             if self.deficient:
                 answer, x = self._least_norm(c, g)
                 return self._raw(x, answer)

@@ -48,13 +48,15 @@ class Options:
 class Raw(NamedTuple):
     """A solve's result: x (..., n, k); status and iterations (..., k).
 
-    ``image`` is B x - c, (..., m, k), where the method has it better than as a difference.
+    ``image`` is B x - c, (..., m, k), where the method has it; ``sharp`` says that it has digits
+    which a difference would have lost.
     """
 
     x: Tensor
     status: Tensor
     iterations: Tensor
     image: Tensor | None = None
+    sharp: bool = False
 
 
 class Prepared(Protocol):
