@@ -237,7 +237,7 @@ def _raw_solve(plan, params, w, d2, c, g, gate, norms, need_x, check, need_s):
             s = entry.op.mv(x)
             if c is not None:
                 s = torch.sub(s, c, out=s)
-        if need_s and not sharp:
+        if s is not None and need_s and not sharp:
             followed = plan.differentiated or not norms
             if d2 is not None and followed and plan.options.solver in _REFINED:
                 refined, s = recovered(plan, entry, w, d2, c, g, x, s, _again)
