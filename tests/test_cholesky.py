@@ -68,7 +68,8 @@ def check_accuracy(A, damp, factor, op=None, backend=None):
         x, status = solve(prepared, c, g)
         true, image = exact.solve(c, g)
         by = by_qr(A, damp, c, g)
-        if kind == "dual":  # it is A x that derivatives ask for
+        if kind == "dual":  # it is A x as well that derivatives ask for
+            assert error(x, true) <= factor * max(error(by, true), 4 * EPS), kind
             x, by, true = A @ x, A @ by, image
         assert error(x, true) <= factor * max(error(by, true), 4 * EPS), kind
         assert status.item() == Status.DIRECT
@@ -109,7 +110,8 @@ def test_with_a_tolerance_the_error_is_below_it_and_no_needless_solve_is_made(
             assert errors[0] <= atol + 10 * errors[1], kind
             assert counts[0] <= counts[1]
             if d is not None and atol >= 1e-8 and cond < 1e5:
-                assert counts[0] == 1 < counts[1], kind
+                assert counts[0] == 1, kind
+                assert kind == "dual" or counts[1] > 1
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["tall", "wide"])

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from funclsq import passes
-from funclsq.methods import _refine
+from funclsq.methods import _needless, _refine
+from funclsq.methods._needless import Foresight
 from funclsq.operators import DenseOp, SparseOp
 from funclsq.pattern import SparsityPattern
 from funclsq.solution import Status
@@ -46,14 +47,14 @@ class Script:
     def step(self, x, dx):
         return x if self.image else x + dx
 
-    def run(self, energy=False, eps=EPS, unit=1.0, floor=None):
+    def run(self, energy=False, eps=EPS, unit=1.0, known=None):
         B = DenseOp(unit * torch.tensor([[0.6], [0.8]], dtype=torch.float64))
 
         def whole(x):
-            return _refine._norms(x if self.image else B.mv(x)) if energy else None
+            return _needless.norms(x if self.image else B.mv(x)) if energy else None
 
         return _refine._iterate(
-            B, self.rough, self.residual, self.step, self.start, whole, eps, self.image, floor
+            B, self.rough, self.residual, self.step, self.start, whole, eps, self.image, known
         )
 
 
@@ -276,10 +277,14 @@ def test_no_correction_is_made_that_is_foretold_to_be_a_quarter_of_the_goal(
 # Where a lower bound of the singular values tells that no correction is needed
 
 
+def loosely(floor):
+    return Foresight(np.asarray(floor), EPS, True)
+
+
 def leaves_out(sizes, powers, goal, floor, image=False, energy=False, length=1.0):
     """Whether no correction is made to a solution, or an image, of this length."""
     script = Script(sizes, powers=[powers], image=image, length=length)
-    _, status, steps = script.run(energy=energy, eps=goal, floor=np.asarray(floor))
+    _, status, steps = script.run(energy=energy, eps=goal, known=loosely(floor))
     assert status.tolist() == [DIRECT]
     assert script.at == (1 if steps.item() == 0 else steps.item())
     return steps.item() == 0
@@ -306,10 +311,10 @@ def test_with_a_right_hand_side_in_the_domain_the_image_counts_too(floor):
         assert leaves_out([1.0, size], powers, goal, floor, energy=True) == left_out
     B = DenseOp(1e-3 * torch.tensor([[0.6], [0.8]], dtype=torch.float64))  # |B x| = 1e-3 |x|
     x = torch.ones((1, 1), dtype=torch.float64)
-    whole = _refine._norms(B.mv(x))
+    whole = _needless.norms(B.mv(x))
     for part, needless in ((0.99, True), (1.01, False)):
         q = torch.full((1, 1), part * 0.25 * goal * 10.0 * 1e-3, dtype=torch.float64)
-        assert _refine._needless(q, x, whole, None, goal, np.asarray(10.0)) == [needless]
+        assert loosely(10.0).bounded(q, x, whole, None, goal) == [needless]
 
 
 def test_of_an_image_the_relative_residual_and_the_error_count():
@@ -319,15 +324,14 @@ def test_of_an_image_the_relative_residual_and_the_error_count():
     for floor, limit in ((10.0, 4.0), (0.1, 0.2)):  # |g|, then floor |y|
         for part, needless in ((0.99, True), (1.01, False)):
             q = torch.full((1, 1), part * 0.25 * goal * limit, dtype=torch.float64)
-            assert _refine._needless(q, y, whole, aim, goal, np.asarray(floor)) == [needless]
+            assert loosely(floor).bounded(q, y, whole, aim, goal) == [needless]
 
 
 def test_columns_and_members_are_judged_on_their_own():
     goal = 1e-8
     q = torch.tensor([[[1e-9, 1e-7]], [[1e-9, 1e-13]]], dtype=torch.float64)
     x = torch.ones((2, 1, 2), dtype=torch.float64)
-    floor = np.array([[1.0], [1e-2]])
-    found = _refine._needless(q, x, None, None, goal, floor)
+    found = loosely([[1.0], [1e-2]]).bounded(q, x, None, None, goal)
     assert found.tolist() == [[True, False], [False, True]]
 
 
@@ -343,9 +347,55 @@ def test_the_image_of_a_solution_without_corrections_comes_with_it(kind, passing
     B = SparseOp(S, A.reshape(-1))
     c, g = (torch.from_numpy(rng.standard_normal((k, 1))) for k in (9, 4))
     c, g = None if kind == "g" else c, None if kind == "c" else g
-    floor = np.asarray(0.9)
-    x, _, steps, image = _refine.refine(B, lambda q: q, c, g, 1e-9, floor)
+    x, _, steps, image = _refine.refine(B, lambda q: q, c, g, 1e-9, loosely(0.9))
     assert steps.tolist() == [0]
     torch.testing.assert_close(image, A @ x if c is None else A @ x - c, rtol=1e-13, atol=1e-13)
-    *_, steps, image = _refine.refine(B, lambda q: 1.001 * q, c, g, 1e-9, floor)
+    *_, steps, image = _refine.refine(B, lambda q: 1.001 * q, c, g, 1e-9, loosely(0.9))
     assert steps.item() > 0 and image is None
+
+
+# Where the backward error tells it
+
+
+def planted(response=None):
+    """An operator, a rough inverse that is right to 1e-15, and what is known of both."""
+    rng = np.random.default_rng(2)
+    A = torch.from_numpy(np.linalg.qr(rng.standard_normal((9, 4)))[0])
+    known = Foresight(np.asarray(0.9), EPS, False)
+    known.response = response
+    return DenseOp(A), lambda q: (1 - 0.5 * EPS) * q, known, rng
+
+
+@pytest.mark.parametrize("kind", ["c", "g", "both"])
+def test_only_a_solve_with_c_shows_it_and_only_one_without_leaves_a_correction_out(kind):
+    B, rough, known, rng = planted()
+    c, g = (torch.from_numpy(rng.standard_normal((k, 2))) for k in (9, 4))
+    c, g = None if kind == "g" else c, None if kind == "c" else g
+    *_, steps, _ = _refine.refine(B, rough, c, g, EPS, known)
+    assert steps.tolist() == [1, 1]
+    assert (known.response is None) == (kind == "g")
+    known.response = np.asarray([1.0])
+    x, status, steps, image = _refine.refine(B, rough, c, g, EPS, known)
+    assert status.tolist() == [DIRECT, DIRECT]
+    assert steps.tolist() == ([0, 0] if kind == "g" else [1, 1])
+    if kind == "g":
+        torch.testing.assert_close(image, B.mv(x), rtol=1e-14, atol=1e-14)
+
+
+def test_what_is_seen_is_how_long_the_image_of_a_correction_is_beside_its_residual():
+    rng = np.random.default_rng(3)
+    A, c = (torch.from_numpy(rng.standard_normal(s)) for s in ((9, 4), (9, 1)))
+    B, inverse = DenseOp(A), torch.linalg.inv(A.mT @ A)
+    rough, known = (lambda q: 1.001 * inverse @ q), Foresight(np.asarray(1e-3), EPS, False)
+    _refine.refine(B, rough, c, None, EPS, known)
+    x = rough(A.mT @ c)
+    q = A.mT @ (c - A @ x)
+    want = (A @ rough(q)).norm() / q.norm()
+    np.testing.assert_allclose(known.response, [want], rtol=1e-2)
+
+
+def test_an_image_is_corrected_all_the_same():
+    B, rough, known, rng = planted(np.asarray([1.0]))
+    g = torch.from_numpy(rng.standard_normal((4, 1)))
+    assert _refine.refine(B, rough, None, g, EPS, known)[2].tolist() == [0]
+    assert _refine.refine_image(B, rough, None, g, EPS, known)[2].tolist() == [1]

@@ -8,6 +8,7 @@ the rank tolerance are the null space.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from funclsq.backends import NotPositive
+from funclsq.methods._needless import Foresight
 from funclsq.methods._normal import Normal
 from funclsq.methods._nullspace import Small, glimpse, largest, qr, small_directions, smallest
 from funclsq.methods._refine import refine, refine_image
@@ -225,7 +227,7 @@ class Core:
         if g is not None:
             g = scale * self.project(g)
         B, goal = self.normal.B, self._goal
-        x, status, steps, image = refine(B, self._rough, c, g, goal, self._floor())
+        x, status, steps, image = refine(B, self._rough, c, g, goal, self._known)
         x = self.project(scale * x)
         if self.null is not None:
             # a long part of x along the null vectors leaves its rounding behind, seen by B or not
@@ -235,10 +237,16 @@ class Core:
             status = self._judged(status, s, c, g, y, 2)
         return *self._checked(x, status, steps), image
 
-    def _floor(self) -> np.ndarray | None:
-        """A lower bound of the singular values of B S; None where none is known or of use."""
-        if self._goal <= _FULLY * self.normal.eps or self.small is not None:
+    @functools.cached_property
+    def _known(self) -> Foresight | None:
+        """What a first correction may be left out by; None where nothing is known."""
+        floor = None if self.small is not None else self._floor()
+        if floor is None:
             return None
+        return Foresight(floor, self.normal.eps, self._goal > _FULLY * self.normal.eps)
+
+    def _floor(self) -> np.ndarray | None:
+        """A lower bound of the singular values of B S, if one came up."""
         bound = self.normal.cond_bound
         if math.isfinite(bound):
             return np.asarray(math.sqrt(self.normal.n) / bound)
@@ -296,7 +304,7 @@ class Core:
         g = self.normal.scale.unsqueeze(-1) * self.project(g)
         fine = None if self.small is None else self._fine
         B, goal = self.normal.B, self._goal
-        y, status, steps = refine_image(B, self._rough, fine, g, goal, self._floor())
+        y, status, steps = refine_image(B, self._rough, fine, g, goal, self._known)
         if self._doubtful(steps):
             status = self._judged(status, g - self.normal.B.rmv(y), None, g, y, 1)
         return self._checked(y, status, steps)

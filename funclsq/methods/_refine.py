@@ -9,9 +9,7 @@ and the outer refinement keeps the accuracy that they alone would lose.
 A right-hand side g asks for B x to be accurate (x itself has the error eps cond^2 there), so
 progress is measured in |B dx| = <dx, q>^(1/2) as well.
 
-Where less than full accuracy is asked for, the first correction need not be made to see that it is
-not needed: with sigma a lower bound of the singular values of B, |dx| <= |q| / sigma^2 and
-|B dx| <= |q| / sigma.
+The first correction need not be made where it can be seen that it is not needed (_needless.py).
 
 References
 ----------
@@ -29,7 +27,7 @@ import torch
 from torch import Tensor
 
 from funclsq.extent import finite
-from funclsq.norms import column_norms
+from funclsq.methods._needless import Foresight, norms
 from funclsq.operators import Operator
 from funclsq.passes import flat
 from funclsq.solution import Status
@@ -52,7 +50,7 @@ def refine(
     c: Tensor | None,
     g: Tensor | None,
     goal: float,
-    floor: np.ndarray | None = None,
+    known: Foresight | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return x = (B^H B)^-1 (B^H c + g), status and corrections made per column, and B x - c.
 
@@ -68,8 +66,8 @@ def refine(
         The right-hand sides.
     goal : float
         Relative size of the first correction that is not made: the unit roundoff, or more.
-    floor : array or None, () or (b, 1)
-        Lower bound of the singular values of B, if the first correction may be left out by it.
+    known : Foresight or None
+        What the first correction may be left out by.
     """
     r: Tensor | None = None  # its memory is used again: that of new blocks costs as much as B x
     whole: np.ndarray | None = None
@@ -91,7 +89,7 @@ def refine(
             return q.neg_() if g is None else torch.sub(g, q, out=q)
         else:
             r = B.mv(x, out=r)
-            whole = None if g is None else _norms(r)
+            whole = None if g is None else norms(r)
             if c is None:
                 q = B.rmv(r)
                 return torch.sub(g, q, out=q)
@@ -106,7 +104,9 @@ def refine(
     def step(x: Tensor, dx: Tensor) -> Tensor:
         return x + dx
 
-    x, status, steps = _iterate(B, rough, residual, step, lambda dx: dx, size, goal, False, floor)
+    x, status, steps = _iterate(
+        B, rough, residual, step, lambda dx: dx, size, goal, False, known, c is not None
+    )
     if r is None or bool(steps.any()):
         return x, status, steps, None
     return x, status, steps, r if passes is not None or c is None else r.neg_()
@@ -127,7 +127,7 @@ def refine_image(
     fine: Rough | None,
     g: Tensor,
     goal: float,
-    floor: np.ndarray | None = None,
+    known: Foresight | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y = B (B^H B)^-1 g, the least vector with B^H y = g, status and corrections.
 
@@ -150,23 +150,24 @@ def refine_image(
         residual,
         step,
         lambda dz: step(torch.zeros((), dtype=dz.dtype), dz),
-        _norms,
+        norms,
         goal,
         True,
-        floor,
+        known,
     )
 
 
 @np.errstate(all="ignore")  # ratios of corrections that are none, or leave the range
-def _iterate(B, rough, residual, step, start, energy, goal, image=False, floor=None):
+def _iterate(B, rough, residual, step, start, energy, goal, image=False, known=None, fit=False):
     """Refine until the corrections stop falling, per column; what decides that is NumPy's.
 
     ``energy`` gives |B x| of the x whose residual was taken last, None where it does not count.
+    ``fit`` says that the right-hand side has a part c.
     """
     q = residual(None)
     dx = rough(q)
     x = start(dx)
-    plain, power = _norms(q if image else dx), _power(dx, q)
+    plain, power = norms(q if image else dx), _power(dx, q)
     first = power if image else plain
     aim = plain
     done = ~np.isfinite(first) | (first == 0)
@@ -174,23 +175,25 @@ def _iterate(B, rough, residual, step, start, energy, goal, image=False, floor=N
     inner = np.zeros_like(done)
     best = np.full_like(first, np.inf)  # relative size of the smallest correction
     steps = np.zeros(first.shape, dtype=np.int64)
-    bounded = np.zeros_like(done)
+    left_out = np.zeros_like(done)
     for number in range(1, _STEPS + 1):
         if done.all():
             break
         q = residual(x)
-        if number == 1 and floor is not None:
-            bounded = ~done & _needless(q, x, energy(x), aim if image else None, goal, floor)
-            done |= bounded
+        if number == 1 and known is not None:
+            left_out = ~done & _needless(q, x, energy, aim, goal, image, known, fit)
+            done |= left_out
             if done.all():
                 break
         dx = _conjugate_gradients(B, rough, q) if (inner & ~done).any() else rough(q)
-        new_plain, new_power = _norms(q if image else dx), _power(dx, q)
+        new_plain, new_power = norms(q if image else dx), _power(dx, q)
+        if number == 1 and known is not None and fit:
+            known.see(q, new_power)
         seen = []
         whole = energy(x)
         if whole is not None:
             seen.append((new_power / power, new_power / whole))
-        seen.append((new_plain / plain, new_plain / (aim if image else _norms(x))))
+        seen.append((new_plain / plain, new_plain / (aim if image else norms(x))))
         rate, relative = seen[0]
         fast |= rate < _FAST
         # after fast ones, a correction that has stopped falling is rounding: leave it
@@ -209,30 +212,26 @@ def _iterate(B, rough, residual, step, start, energy, goal, image=False, floor=N
         inner |= (rate > _FAST) & ~done
         plain = np.where(take, new_plain, plain)
         power = np.where(take, new_power, power)
-    accepted = (fast & (best < _SURE)) | (best == 0) | (first == 0) | bounded
+    accepted = (fast & (best < _SURE)) | (best == 0) | (first == 0) | left_out
     status = np.where(accepted, np.int64(Status.DIRECT), np.int64(Status.INACCURATE))
     if not finite(x):
         status[~torch.isfinite(x).all(-2).cpu().numpy()] = int(Status.NONFINITE)
     return x, _like(status, x), _like(steps, x)
 
 
-def _needless(q, x, whole, aim, goal, floor):
-    """Whether the correction for a residual q is below the goal whatever its direction."""
-    size = _norms(q)
-    sizes = [size / floor**2 / _norms(x) if aim is None else size / aim]
-    if whole is not None:
-        sizes.append(size / floor / whole)
-    return np.all([relative <= 0.25 * goal for relative in sizes], axis=0)
+def _needless(q, x, energy, aim, goal, image, known, fit):
+    """Whether the first correction, that for q, is to be left out, per column."""
+    needless = np.zeros(aim.shape, dtype=bool)
+    if known.loose:
+        needless |= known.bounded(q, x, energy(x), aim if image else None, goal)
+    if not (fit or image) and known.response is not None and not needless.all():
+        needless |= known.stable(q, x)
+    return needless
 
 
 def _like(numbers: np.ndarray, x: Tensor) -> Tensor:
     """Numbers of each column, where x lies."""
     return torch.from_numpy(numbers).to(x.device)
-
-
-def _norms(v: Tensor) -> np.ndarray:
-    """The norm of each column."""
-    return column_norms(v).cpu().numpy()
 
 
 def _power(dx: Tensor, q: Tensor) -> np.ndarray:
