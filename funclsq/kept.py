@@ -15,6 +15,7 @@ import threading
 import weakref
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,8 +62,8 @@ class Entry:
     prepared: Prepared
     shift: Tensor | None = None  # the method was prepared for 2^shift [W^(1/2) A; D]
     checked: bool = False  # the data was tested for NaN and Inf
-    size: Tensor | None = None  # about that of W^(1/2) A, once it was asked for
-    bound: Tensor | None = None  # no less than that
+    size: np.ndarray | None = None  # about that of W^(1/2) A, once it was asked for
+    bound: np.ndarray | None = None  # no less than that
     number: int = 0
     found_by: Any = None
     own_bytes: int = 0

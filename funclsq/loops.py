@@ -33,6 +33,7 @@ __all__ = [
 
 _at = np.uintp
 _ROWS, _CACHED = 256, 2048  # rows and entries of a part that stays in the first cache
+_OWN = 1 << 20  # bytes of the second cache
 
 
 def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -124,11 +125,14 @@ def through(indptr, indices, values, x, scale, u, p, start, stop):
     """u <- A x - scale u (u may hold anything where scale is 0), p += A^H u; ||u||^2.
 
     A few rows go forth and then back, and are in the first cache still: row by row, the way back
-    would wait for each sum to be complete.
+    would wait for each sum to be complete. Where x and p do not fit beside each other into what a
+    core has of its own, all rows go forth first.
     """
     zero, square = np.zeros(1, u.dtype)[0], 0.0
     begin, end = _at(indptr[start]), _at(indptr[stop])
     several = max(1, min(_ROWS, _CACHED * (stop - start) // max(1, end - begin)))
+    if (x.size + p.size) * p.itemsize > _OWN:
+        several = max(1, stop - start)
     for first in range(start, stop, several):
         last = min(first + several, stop)
         for i in range(_at(first), _at(last)):

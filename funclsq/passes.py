@@ -23,7 +23,7 @@ __all__ = ["LEAST", "DampedRows", "Rows", "flat", "rows_of", "scaled_entries", "
 
 Array: TypeAlias = np.ndarray
 
-LEAST = 1 << 15  # entries below which loading numba, half a second, is not worth it
+LEAST = 1 << 13  # entries below which loading numba, half a second, is not worth it
 _SPARE_COLUMNS = 2  # of the entries of a thread, what its own column of A^H may take
 
 

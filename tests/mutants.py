@@ -90,11 +90,13 @@ AREAS = {
             "methods._core": (),
             "methods._normal": (),
             "methods._refine": (),
+            "methods._needless": (),
             "methods._nullspace": (),
         },
         (
             "test_core.py",
             "test_refinement.py",
+            "test_needless.py",
             "test_small_directions.py",
             "test_direct_methods.py",
             "test_normal.py",
