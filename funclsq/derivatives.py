@@ -342,8 +342,9 @@ def _columns(blocks: list[Tensor]) -> Tensor:
     Single columns are stored one after the other, which are copied at a third of the time (and are
     taken apart again without a copy).
     """
-    lead = broadcast_shapes(*(b.shape[:-2] for b in blocks))
-    blocks = [b.expand(*lead, *b.shape[-2:]) for b in blocks]
+    if any(b.ndim > 2 for b in blocks):
+        lead = broadcast_shapes(*(b.shape[:-2] for b in blocks))
+        blocks = [b.expand(*lead, *b.shape[-2:]) for b in blocks]
     if all(b.shape[-1] == 1 for b in blocks):
         return torch.cat([b.mT for b in blocks], -2).mT
     return torch.cat(blocks, -1)

@@ -64,6 +64,7 @@ class Entry:
     checked: bool = False  # the data was tested for NaN and Inf
     size: np.ndarray | None = None  # about that of W^(1/2) A, once it was asked for
     bound: np.ndarray | None = None  # no less than that
+    top: float | None = None  # the largest entry of one matrix (real or imaginary part), if known
     number: int = 0
     found_by: Any = None
     own_bytes: int = 0

@@ -21,6 +21,7 @@ For m >= n that is so wherever there is a null space: only what would be warned 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -100,7 +101,7 @@ def recovered(
     most = _LOST * wanted if op.shape[0] < op.shape[1] else max(eps**0.5, wanted)
     if entry.size is None:
         if entry.bound is None:
-            entry.bound = _bound(op, root)
+            entry.bound = _bound(op, root, entry.top)
         if entry.bound is not None and (lost(entry.bound) <= most).all():
             return x, s
         entry.size = _size(op, root)
@@ -156,16 +157,20 @@ def _warn(worst: float, g: Tensor | None) -> None:
         )
 
 
-def _bound(op: Any, root: Tensor | None) -> np.ndarray | None:
-    """No less than ``_size``, by one pass over the entries; None where it takes more."""
+def _bound(op: Any, root: Tensor | None, top: float | None = None) -> np.ndarray | None:
+    """No less than ``_size``, from the largest entry or by a pass; None where it takes more."""
     values = getattr(op, "csr_values", None)
     if values is None or values.numel() == 0:
         return None
-    bound = torch.linalg.vector_norm(values, dim=-1, keepdim=True).double()
+    if top is not None:
+        parts = values.numel() * (2 if values.is_complex() else 1)
+        bound = torch.tensor([math.sqrt(parts) * top], dtype=torch.float64)
+    else:
+        bound = torch.linalg.vector_norm(values, dim=-1, keepdim=True).double()
     if not within((float(bound.amin()), float(bound.amax())), values.dtype):
         return None  # squares may have left the range
     if root is not None:
-        bound = bound * root.squeeze(-1).amax(-1, keepdim=True).double()
+        bound = bound * root.squeeze(-1).amax(-1, keepdim=True).double().cpu()
     return bound.cpu().numpy()
 
 

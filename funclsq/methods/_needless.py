@@ -61,32 +61,32 @@ class Foresight:
 
     def bounded(
         self,
-        q: Tensor,
-        x: Tensor,
+        residual: np.ndarray,
+        length: np.ndarray,
         whole: np.ndarray | None,
         aim: np.ndarray | None,
         goal: float,
     ) -> np.ndarray:
-        """Whether the correction for q is below the goal whatever its direction, per column.
+        """Whether the correction is below the goal whatever its direction, per column.
 
-        ``whole`` is |B x|, None where it does not count. Of an image x = B y, ``aim`` is |g|.
+        ``residual`` is |q|, ``length`` |x| and ``whole`` |B x|, None where it does not count. Of
+        an image x = B y, ``aim`` is |g|.
         """
-        size = norms(q)
-        sizes = [size / self.floor**2 / norms(x) if aim is None else size / aim]
+        sizes = [residual / self.floor**2 / length if aim is None else residual / aim]
         if whole is not None:
-            sizes.append(size / self.floor / whole)
+            sizes.append(residual / self.floor / whole)
         return np.all([relative <= _QUARTER * goal for relative in sizes], axis=0)
 
-    def see(self, q: Tensor, power: np.ndarray) -> None:
+    def see(self, residual: np.ndarray, power: np.ndarray) -> None:
         """Take note of |B dx|, the power of the correction dx = P q made to a solve with c."""
         if self.response is None:
-            seen = np.fmax.reduce(power / norms(q), axis=-1, keepdims=True)
+            seen = np.fmax.reduce(power / residual, axis=-1, keepdims=True)
             if np.isfinite(seen).any():
                 self.response = seen
 
-    def stable(self, q: Tensor, x: Tensor) -> np.ndarray:
+    def stable(self, residual: np.ndarray, length: np.ndarray) -> np.ndarray:
         """Whether x has a backward error of rounding as it is, per column; c is absent."""
         assert self.response is not None
-        size, unit = norms(q), self.eps * norms(x)
-        likely = self.response * size <= _UNITS * unit
-        return likely & (size <= _MOST_UNITS * unit * self.floor)
+        unit = self.eps * length
+        likely = self.response * residual <= _UNITS * unit
+        return likely & (residual <= _MOST_UNITS * unit * self.floor)

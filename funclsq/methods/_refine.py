@@ -167,7 +167,9 @@ def _iterate(B, rough, residual, step, start, energy, goal, image=False, known=N
     q = residual(None)
     dx = rough(q)
     x = start(dx)
-    plain, power = norms(q if image else dx), _power(dx, q)
+    begun = dx, q
+    plain = norms(q if image else dx)
+    power = _power(*begun) if image else None
     first = power if image else plain
     aim = plain
     done = ~np.isfinite(first) | (first == 0)
@@ -181,14 +183,18 @@ def _iterate(B, rough, residual, step, start, energy, goal, image=False, known=N
             break
         q = residual(x)
         if number == 1 and known is not None:
-            left_out = ~done & _needless(q, x, energy, aim, goal, image, known, fit)
+            size = norms(q)
+            lengths = size, norms(x) if image else plain
+            left_out = ~done & _needless(lengths, x, energy, aim, goal, image, known, fit)
             done |= left_out
             if done.all():
                 break
+        if power is None:
+            power = _power(*begun)
         dx = _conjugate_gradients(B, rough, q) if (inner & ~done).any() else rough(q)
         new_plain, new_power = norms(q if image else dx), _power(dx, q)
         if number == 1 and known is not None and fit:
-            known.see(q, new_power)
+            known.see(size, new_power)
         seen = []
         whole = energy(x)
         if whole is not None:
@@ -214,18 +220,18 @@ def _iterate(B, rough, residual, step, start, energy, goal, image=False, known=N
         power = np.where(take, new_power, power)
     accepted = (fast & (best < _SURE)) | (best == 0) | (first == 0) | left_out
     status = np.where(accepted, np.int64(Status.DIRECT), np.int64(Status.INACCURATE))
-    if not finite(x):
+    if not (left_out.all() or finite(x)):  # the norm of one that has no correction is finite
         status[~torch.isfinite(x).all(-2).cpu().numpy()] = int(Status.NONFINITE)
     return x, _like(status, x), _like(steps, x)
 
 
-def _needless(q, x, energy, aim, goal, image, known, fit):
-    """Whether the first correction, that for q, is to be left out, per column."""
+def _needless(lengths, x, energy, aim, goal, image, known, fit):
+    """Whether the first correction is to be left out, per column; lengths are those of q and x."""
     needless = np.zeros(aim.shape, dtype=bool)
     if known.loose:
-        needless |= known.bounded(q, x, energy(x), aim if image else None, goal)
-    if not (fit or image) and known.response is not None and not needless.all():
-        needless |= known.stable(q, x)
+        needless |= known.bounded(*lengths, energy(x), aim if image else None, goal)
+    if known.response is not None and not (fit or image or needless.all()):
+        needless |= known.stable(*lengths)
     return needless
 
 
