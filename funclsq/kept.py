@@ -28,6 +28,9 @@ __all__ = ["Entry", "Key", "clear", "fingerprint", "keep", "lookup", "new", "pin
 _ENTRIES = 16
 _BYTES = 1 << 30
 _SAMPLES = 16
+_PLAIN = frozenset(  # what NumPy has as well
+    {torch.float32, torch.float64, torch.complex64, torch.complex128, torch.int32, torch.int64}
+)
 
 _lock = threading.RLock()
 _counter = itertools.count(1)
@@ -83,10 +86,10 @@ def fingerprint(key: Key, data: tuple[Tensor | None, ...]) -> Any:
 def _sample(t: Tensor | None) -> Any:
     if t is None:
         return None
-    if t.device.type != "cpu" or not t.is_contiguous() or t.is_conj() or t.is_neg():
+    array = _array(t)
+    if array is None or not t.is_contiguous():
         return t.shape, t.dtype
-    flat = (t.detach() if t.requires_grad else t).numpy().reshape(-1)
-    return t.shape, t.dtype, flat[:: max(1, flat.size // _SAMPLES)].tobytes()
+    return t.shape, t.dtype, array.reshape(-1)[:: max(1, array.size // _SAMPLES)].tobytes()
 
 
 def lookup(key: Key, data: tuple[Tensor | None, ...], found_by: Any) -> Entry | None:
@@ -107,7 +110,16 @@ def lookup(key: Key, data: tuple[Tensor | None, ...], found_by: Any) -> Entry | 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    x, y = _array(a), _array(b)
+    return torch.equal(a, b) if x is None or y is None else np.array_equal(x, y)
+
+
+def _array(t: Tensor) -> np.ndarray | None:
+    """As NumPy, which compares numbers in a third to a half of the time of torch, has them."""
+    plain = t.device.type == "cpu" and t.dtype in _PLAIN and not (t.is_conj() or t.is_neg())
+    return t.detach().numpy() if plain else None
 
 
 def keep(entry: Entry, found_by: Any) -> None:

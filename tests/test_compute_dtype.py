@@ -234,3 +234,23 @@ def test_dtypes_may_not_be_mixed_for_it():
         lstsq(A, b.double())
     with pytest.raises(TypeError, match="float32"):
         lstsq(A, b, damp=torch.tensor(0.5, dtype=F64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_of_an_operator_may_be_in_half_precision(dtype):
+    """Its functions say how they are used; what NumPy cannot hold is kept and found all the same."""
+    torch.manual_seed(0)
+    A, b = torch.randn(30, 5).to(dtype), torch.randn(30)
+    P, Q = A.clone().requires_grad_(), A.float().requires_grad_()
+    op = fl.LinearOperator(
+        lambda params, v: params[0].to(v.dtype) @ v,
+        (30, 5),
+        (P,),
+        lambda params, u: params[0].to(u.dtype).mT @ u,
+    )
+    x, y = fl.lstsq(op, b, solver="lsmr"), fl.lstsq(Q, b)
+    torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+    for solution in (x, y):
+        solution.square().sum().backward()
+    assert P.grad.dtype == dtype
+    torch.testing.assert_close(P.grad.float(), Q.grad, rtol=1e-2, atol=1e-3)

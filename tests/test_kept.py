@@ -55,6 +55,31 @@ def test_equal_content_finds_the_same_entry():
     assert _find(t) is None
 
 
+VIEWS = {
+    "float64": lambda t: t.double(),
+    "float32": lambda t: t.float(),
+    "bfloat16": lambda t: t.bfloat16(),  # unknown to NumPy
+    "int64": lambda t: t.long(),
+    "complex": lambda t: torch.complex(t, t),
+    "conjugate": lambda t: torch.complex(t, t).conj(),
+    "negative": lambda t: torch.complex(t, t).conj().imag,
+    "transposed": lambda t: t.reshape(4, 5).T,
+    "recorded": lambda t: t.clone().requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_content_is_compared_however_it_lies(view):
+    t = torch.arange(20.0)
+    entry = _keep(VIEWS[view](t))
+    assert _find(VIEWS[view](t.clone())) is entry
+    for at in (0, 7, 19):
+        other = t.clone()
+        other[at] += 1
+        assert _find(VIEWS[view](other)) is None
+        assert not kept._same(VIEWS[view](t), VIEWS[view](other))
+
+
 def test_fingerprints_are_those_of_the_values():
     def of(t):
         return kept.fingerprint(KEY, (t, None))
