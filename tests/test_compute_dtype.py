@@ -238,7 +238,7 @@ def test_dtypes_may_not_be_mixed_for_it():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_parameters_of_an_operator_may_be_in_half_precision(dtype):
-    """Its functions say how they are used; what NumPy cannot hold is kept and found all the same."""
+    """Its functions say how they are used; those that NumPy has not are kept and found as well."""
     torch.manual_seed(0)
     A, b = torch.randn(30, 5).to(dtype), torch.randn(30)
     P, Q = A.clone().requires_grad_(), A.float().requires_grad_()
