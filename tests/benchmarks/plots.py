@@ -129,7 +129,8 @@ def _iteration(rows: list[dict[str, Any]], path: Path) -> None:
     ):
         middle = [statistics.median(r[key]) for r in rows]
         line = axis.plot(nnz, middle, "o-", ms=4, label=label)[0]
-        low, high = [min(r[key]) for r in rows], [max(r[key]) for r in rows]
+        low = [min(t for t in r[key] if t > 0) for r in rows]  # a difference of two times
+        high = [max(r[key]) for r in rows]
         axis.fill_between(nnz, low, high, color=line.get_color(), alpha=0.15)
     floor = [r["floor"] for r in rows]
     axis.plot(nnz, floor, "k--", lw=1, label="bytes / measured bandwidth")

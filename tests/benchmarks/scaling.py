@@ -44,7 +44,8 @@ def scaling(quick: bool, repetitions: int) -> dict[str, list[dict[str, Any]]]:
             out["batch"].append({"at": batch, "solver": solver, "seconds": seconds})
     cores = [t for t in (1, 2, 4, 8, 16) if t <= (os.cpu_count() or 1)]
     before = torch.get_num_threads()
-    large, flat = random_rows(100_000, 10_000, 10, spread=0.0), grid(100 if quick else 200)
+    large = random_rows(300_000, 30_000, 10, spread=0.0)  # enough for two threads
+    flat = grid(100 if quick else 200)
     try:
         for threads in cores:
             torch.set_num_threads(threads)
