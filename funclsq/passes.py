@@ -80,7 +80,7 @@ class Rows:
             ranges,
         )
         x += own.sum(0)
-        return 0.0 if squares[0] is None else sum(squares)
+        return sum(square or 0.0 for square in squares)
 
 
 class DampedRows:

@@ -178,6 +178,8 @@ EQUIVALENT: dict[str, str] = {
     "branches swapped: t.cpu() if t.device.type not in": "on the CPU it is a copy that is none",
     "_register branches swapped": "runs on import, before it is applied; in the source it fails",
     "_together off by one: args[0]": "all that are batched twice have the same inner dimension",
+    "passes._added sign flipped: len(ranges) - 1": "columns too many, of zeros",
+    "passes._added term dropped: len(ranges) - 1": "a column too many, of zeros",
     ": 5 + len(params)": "a count of None, not algebra",
     ": (None,) * ": "a count of None, not algebra",
     ": s_dot + matmul(structure, params, null_term)": "A (I - P) is zero",

@@ -347,6 +347,7 @@ def test_the_image_of_a_solution_without_corrections_comes_with_it(kind, passing
     B = SparseOp(S, A.reshape(-1))
     c, g = (torch.from_numpy(rng.standard_normal((k, 1))) for k in (9, 4))
     c, g = None if kind == "g" else c, None if kind == "c" else g
+    assert (_refine._passes(B, c, g) is None) == (kind == "both" or not passing)
     x, _, steps, image = _refine.refine(B, lambda q: q, c, g, 1e-9, loosely(0.9))
     assert steps.tolist() == [0]
     torch.testing.assert_close(image, A @ x if c is None else A @ x - c, rtol=1e-13, atol=1e-13)

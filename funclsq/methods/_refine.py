@@ -184,7 +184,7 @@ def _iterate(B, rough, residual, step, start, energy, goal, image=False, known=N
         q = residual(x)
         if number == 1 and known is not None:
             size = norms(q)
-            lengths = size, norms(x) if image else plain
+            lengths = size, plain  # x is dx still; of an image its length is not asked for
             left_out = ~done & _needless(lengths, x, energy, aim, goal, image, known, fit)
             done |= left_out
             if done.all():
