@@ -28,6 +28,7 @@ __all__ = ["Entry", "Key", "clear", "fingerprint", "keep", "lookup", "new", "pin
 _ENTRIES = 16
 _BYTES = 1 << 30
 _SAMPLES = 16
+_BLOCK = 1 << 15  # numbers compared at a time
 _PLAIN = frozenset(  # what NumPy has as well
     {torch.float32, torch.float64, torch.complex64, torch.complex128, torch.int32, torch.int64}
 )
@@ -65,9 +66,8 @@ class Entry:
     prepared: Prepared
     shift: Tensor | None = None  # the method was prepared for 2^shift [W^(1/2) A; D]
     checked: bool = False  # the data was tested for NaN and Inf
-    size: np.ndarray | None = None  # about that of W^(1/2) A, once it was asked for
-    bound: np.ndarray | None = None  # no less than that
-    top: float | None = None  # the largest entry of one matrix (real or imaginary part), if known
+    size: Tensor | None = None  # about that of W^(1/2) A, once it was asked for
+    bound: Tensor | None = None  # no less than that
     number: int = 0
     found_by: Any = None
     own_bytes: int = 0
@@ -86,10 +86,10 @@ def fingerprint(key: Key, data: tuple[Tensor | None, ...]) -> Any:
 def _sample(t: Tensor | None) -> Any:
     if t is None:
         return None
-    array = _array(t)
-    if array is None or not t.is_contiguous():
+    flat = _flat(t)
+    if flat is None:
         return t.shape, t.dtype
-    return t.shape, t.dtype, array.reshape(-1)[:: max(1, array.size // _SAMPLES)].tobytes()
+    return t.shape, t.dtype, flat[:: max(1, flat.size // _SAMPLES)].tobytes()
 
 
 def lookup(key: Key, data: tuple[Tensor | None, ...], found_by: Any) -> Entry | None:
@@ -112,14 +112,18 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
         return a is b
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
-    x, y = _array(a), _array(b)
-    return torch.equal(a, b) if x is None or y is None else np.array_equal(x, y)
+    x, y = _flat(a), _flat(b)
+    if x is None or y is None:
+        return torch.equal(a, b)
+    # block by block, half to two thirds of the time of torch up to some 600,000 numbers
+    parts = (slice(i, i + _BLOCK) for i in range(0, x.size, _BLOCK))
+    return all((x[part] == y[part]).all() for part in parts)
 
 
-def _array(t: Tensor) -> np.ndarray | None:
-    """As NumPy, which compares numbers in a third to a half of the time of torch, has them."""
-    plain = t.device.type == "cpu" and t.dtype in _PLAIN and not (t.is_conj() or t.is_neg())
-    return t.detach().numpy() if plain else None
+def _flat(t: Tensor) -> np.ndarray | None:
+    """The numbers in the order of memory, as NumPy has them; None where it has not."""
+    plain = t.device.type == "cpu" and t.dtype in _PLAIN and t.is_contiguous()
+    return t.detach().numpy().reshape(-1) if plain and not (t.is_conj() or t.is_neg()) else None
 
 
 def keep(entry: Entry, found_by: Any) -> None:

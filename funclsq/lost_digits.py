@@ -21,12 +21,10 @@ For m >= n that is so wherever there is a null space: only what would be warned 
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +40,6 @@ _SURPLUS = 0.01  # of what may be lost, to which a correction is solved
 _STEPS = 4  # refinements at most; each leaves the square of what was lost, or 1e-3 of it
 
 
-@np.errstate(all="ignore")  # quotients of nothing, which count as none
 def recovered(
     plan: Any,
     entry: Any,
@@ -68,79 +65,67 @@ def recovered(
         (entry, w, q, relative tolerance) -> G^-1 q and A G^-1 q.
     """
     op, D2 = entry.op, d2.unsqueeze(-1)
-    given = np.zeros(()) if g is None else _lengths(g)
-    xnorm = suspect = None
+    given = 0.0 if g is None else column_norms(g).double()
+    found = None
     if c is None:  # a large x comes from a null space, or from small singular values alone
         if d2.shape[-1] == 1:
-            xnorm = _lengths(x)
-            part = d2.cpu().numpy() * xnorm
+            found = column_norms(x)
+            suspect = d2 * found > _PART * given
         else:
-            part = _lengths(D2 * x)
-        suspect = part > _PART * given
-        if not suspect.any():
+            suspect = column_norms(D2 * x) > _PART * given
+        if not bool(suspect.any()):
             return x, s
     elif op.shape[0] >= op.shape[1]:
         return x, s
     root = None if w is None else w.sqrt().unsqueeze(-1)
     eps = torch.finfo(d2.dtype).eps
 
-    def length(s: Tensor) -> np.ndarray:
-        return _lengths(s if root is None else root * s)
+    def length(s: Tensor) -> Tensor:
+        return column_norms(s if root is None else root * s).double()
 
     def back(s: Tensor) -> Tensor:
         return op.rmv(s if root is None else root * (root * s))
 
-    xnorm = _lengths(x) if xnorm is None else xnorm
-    snorm = length(s)
-
-    def lost(size: np.ndarray) -> np.ndarray:
+    def lost(size: Tensor) -> Tensor:
         """The part of s that rounding takes; it grows with the size of A."""
         return eps * size * xnorm / (snorm + given / size)
 
+    xnorm = (column_norms(x) if found is None else found).double()
+    snorm = length(s)
     wanted = max(eps, plan.options.atol or 0.0, plan.options.btol or 0.0)
     most = _LOST * wanted if op.shape[0] < op.shape[1] else max(eps**0.5, wanted)
     if entry.size is None:
         if entry.bound is None:
-            entry.bound = _bound(op, root, entry.top)
-        if entry.bound is not None and (lost(entry.bound) <= most).all():
+            entry.bound = _bound(op, root)
+        if entry.bound is not None and bool((lost(entry.bound) <= most).all()):
             return x, s
         entry.size = _size(op, root)
     size = entry.size
 
-    def relative(part: Tensor) -> np.ndarray:
-        """The length of a part of s beside s; 0 where nothing is to be refined."""
-        return np.where(lossy, _finite(length(part) / (length(s) + given / size)), 0.0)
+    def least(s: Tensor) -> Tensor:
+        return length(s) + given / size
 
-    share = _finite(lost(size))
-    if suspect is not None:
-        share = np.where(suspect, share, 0.0)
+    share = lost(size).nan_to_num(0.0, posinf=0.0)
+    if c is None:
+        share = torch.where(suspect, share, 0.0)
     lossy = share > most
-    if not lossy.any():
+    if not bool(lossy.any()):
         return x, s
-    change, chosen = share, torch.from_numpy(lossy).to(s.device).unsqueeze(-2)
+    change, chosen = share, lossy.unsqueeze(-2)
     for _ in range(_STEPS):
         q = -back(s) - D2 * x
-        tolerance = min(max(_SURPLUS * _LOST * eps / float(change.max()), eps), _SURPLUS)
+        tolerance = min(max(_SURPLUS * _LOST * eps / float(change.amax()), eps), _SURPLUS)
         dx, ds = inverse(entry, w, q if g is None else q + g, tolerance)
         x, s = torch.where(chosen, x + dx, x), torch.where(chosen, s + ds, s)
-        change = relative(ds)
-        if not (change > max(eps**0.5, wanted)).any():
+        change = torch.where(lossy, (length(ds) / least(s)).nan_to_num(0.0, posinf=0.0), 0.0)
+        if not bool((change > max(eps**0.5, wanted)).any()):
             break
-    if c is None and plan.on_failure == "warn" and (share > eps**0.5).any():
+    if c is None and plan.on_failure == "warn" and bool((share > eps**0.5).any()):
         beyond = s - inverse(entry, w, back(s), eps)[1]
         beyond = beyond - inverse(entry, w, back(beyond), eps)[1]  # (damp / sigma)^4 of the range
-        _warn(float(np.maximum(change, relative(beyond)).max()), g)
+        left = torch.maximum(change, torch.where(lossy, length(beyond) / least(s), 0.0))
+        _warn(float(left.nan_to_num(0.0).amax()), g)
     return x, s
-
-
-def _lengths(v: Tensor) -> np.ndarray:
-    """The norm of each column, in double precision."""
-    return column_norms(v).double().cpu().numpy()
-
-
-def _finite(share: np.ndarray) -> np.ndarray:
-    """Zero in the place of what is not a number, or infinite."""
-    return np.where(np.isfinite(share), share, 0.0)
 
 
 def _warn(worst: float, g: Tensor | None) -> None:
@@ -157,29 +142,23 @@ def _warn(worst: float, g: Tensor | None) -> None:
         )
 
 
-def _bound(op: Any, root: Tensor | None, top: float | None = None) -> np.ndarray | None:
-    """No less than ``_size``, from the largest entry or by a pass; None where it takes more."""
+def _bound(op: Any, root: Tensor | None) -> Tensor | None:
+    """No less than ``_size``, by one pass over the entries; None where it takes more."""
     values = getattr(op, "csr_values", None)
     if values is None or values.numel() == 0:
         return None
-    if top is not None:
-        parts = values.numel() * (2 if values.is_complex() else 1)
-        bound = torch.tensor([math.sqrt(parts) * top], dtype=torch.float64)
-    else:
-        bound = torch.linalg.vector_norm(values, dim=-1, keepdim=True).double()
+    bound = torch.linalg.vector_norm(values, dim=-1, keepdim=True).double()
     if not within((float(bound.amin()), float(bound.amax())), values.dtype):
         return None  # squares may have left the range
-    if root is not None:
-        bound = bound * root.squeeze(-1).amax(-1, keepdim=True).double().cpu()
-    return bound.cpu().numpy()
+    return bound if root is None else bound * root.squeeze(-1).amax(-1, keepdim=True).double()
 
 
-def _size(op: Any, root: Tensor | None) -> np.ndarray:
+def _size(op: Any, root: Tensor | None) -> Tensor:
     """About the size of W^(1/2) A, (1,) or (B, 1): its longest column, or two power steps."""
     B = op if root is None else op.scaled(row=root.squeeze(-1))
     norms = B.column_norms()
     if norms is not None:
-        return norms.amax(-1, keepdim=True).double().cpu().numpy()
+        return norms.amax(-1, keepdim=True).double()
     generator = torch.Generator().manual_seed(0)
     v = torch.randn((op.shape[1], 1), generator=generator, dtype=torch.float64)
     v = v.to(device=op.device, dtype=op.dtype)
@@ -187,4 +166,4 @@ def _size(op: Any, root: Tensor | None) -> np.ndarray:
     for _ in range(2):
         u = B.mv(v / column_norms(v).clamp(min=1e-300).unsqueeze(-2))
         v = B.rmv(u / column_norms(u).clamp(min=1e-300).unsqueeze(-2))
-    return _lengths(v)
+    return column_norms(v).double()

@@ -98,7 +98,7 @@ def _prepare(
     prepared = registry.prepare(weighted, damp, plan.options, full)
     if plan.differentiated and isinstance(prepared, PreparedAuto):
         prepared.expect_derivatives()
-    entry = Entry(plan.key, copies, op, prepared, shift, checked=check, top=top)
+    entry = Entry(plan.key, copies, op, prepared, shift, checked=check)
     if keep:
         kept.keep(entry, found_by)
     return entry

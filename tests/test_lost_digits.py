@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -39,7 +38,7 @@ def test_the_size_of_the_longest_column(batch, n):
     root = torch.linspace(0.1, 2.0, 5).sqrt()[:, None]
     for weights, scaled in ((None, A), (root, root * A)):
         want = scaled.double().norm(dim=-2).amax(-1, keepdim=True)
-        np.testing.assert_allclose(_size(DenseOp(A), weights), want, rtol=1e-6)
+        torch.testing.assert_close(_size(DenseOp(A), weights), want, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64, torch.complex128])
@@ -55,14 +54,7 @@ def test_the_size_is_bounded_by_one_pass_over_sparse_values(batch, dtype):
         bound, size = _bound(op, weights), _size(op, weights)
         assert bound.shape == size.shape and bound.dtype == size.dtype
         assert bool((bound >= size * (1 - 1e-6)).all() and (bound < 20 * size).all())
-        if not batch:
-            top = float(
-                torch.view_as_real(values).abs().max() if dtype.is_complex else values.abs().max()
-            )
-            rough = _bound(op, weights, top)
-            assert rough.shape == size.shape and bool((rough >= bound * (1 - 1e-6)).all())
-            assert bool((rough < 100 * size).all())
-    assert _bound(DenseOp(A), None) is None and _bound(DenseOp(A), None, 1.0) is None
+    assert _bound(DenseOp(A), None) is None
     assert _bound(SparseOp(pattern, values.new_zeros(0, pattern.nnz)), None) is None
     for beyond in (1e-160, 1e160, 0.0) if dtype != torch.float32 else (1e-30, 1e30, 0.0):
         assert _bound(SparseOp(pattern, values * beyond), None) is None
@@ -346,7 +338,7 @@ def test_a_column_without_suspicion_is_left_alone():
     s = A @ x
     options = SimpleNamespace(atol=None, btol=None)
     plan = SimpleNamespace(options=options, on_failure="ignore")
-    entry = SimpleNamespace(op=DenseOp(A), size=None, bound=None, top=None)
+    entry = SimpleNamespace(op=DenseOp(A), size=None, bound=None)
 
     def inverse(entry, w, q, tolerance):
         return torch.ones_like(x), torch.ones_like(s)

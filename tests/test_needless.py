@@ -10,48 +10,113 @@ from problems import FAMILIES, Exact, by_qr
 import funclsq as fl
 from funclsq.methods._needless import Foresight, norms
 from funclsq.methods._normal import Normal
+from funclsq.methods._protocol import Options
+from funclsq.methods.cholesky import prepare
+from funclsq.operators import SparseOp
 from funclsq.raw import clear_cache
 
 EPS = np.finfo(float).eps
 
 
-def seen(response, floor=1.0, eps=EPS):
-    """What a solve with c has shown, one response for each member."""
-    known = Foresight(np.asarray(floor), eps, False)
-    known.see(np.ones(1), np.asarray(response))
+def ones(*shape):
+    return torch.ones(shape, dtype=torch.float64)
+
+
+def loosely(floor):
+    return Foresight(np.asarray(floor), EPS, True)
+
+
+def seen(response, floor=1.0, eps=EPS, loose=False):
+    """What a solve with c has shown: one response."""
+    known = Foresight(np.asarray(floor), eps, loose)
+    known.see(ones(1, 1), np.asarray([response]))
     return known
 
 
+# By a bound
+
+
+def test_with_a_right_hand_side_in_the_domain_the_image_counts_too():
+    goal, floor, whole = 1e-9, 10.0, np.array([1e-3])  # |B x|, |x| = 1
+    for part, needless in ((0.999, True), (1.001, False)):
+        q = part * 0.25 * goal * floor * whole[0] * ones(1, 1)
+        assert loosely(floor).needless(q, np.ones(1), whole, goal, "g") == [needless]
+        assert loosely(floor).needless(q, np.ones(1), None, goal, "c") == [True]
+
+
+def test_of_an_image_the_relative_residual_and_the_error_count():
+    goal, size, whole = 1e-9, np.array([4.0]), np.array([2.0])
+    for floor, limit in ((10.0, 4.0), (0.1, 0.2)):  # |g|, then floor |y|
+        for part, needless in ((0.999, True), (1.001, False)):
+            q = part * 0.25 * goal * limit * ones(1, 1)
+            assert loosely(floor).needless(q, size, whole, goal, "image") == [needless]
+
+
+def test_columns_and_members_are_judged_on_their_own():
+    q = torch.tensor([[[1e-9, 1e-7]], [[1e-9, 1e-13]]], dtype=torch.float64)
+    found = loosely([[1.0], [1e-2]]).needless(q, np.ones((2, 2)), None, 1e-8, "c")
+    assert found.tolist() == [[True, False], [False, True]]
+
+
+# By the backward error
+
+
+@pytest.mark.parametrize("loose", [False, True])
 @pytest.mark.parametrize("eps", [EPS, 2.0**-23])
 @pytest.mark.parametrize("response", [0.5, 30.0])
 @pytest.mark.parametrize("length", [1e-3, 1e3])
-def test_a_backward_error_of_two_units_is_left(response, length, eps):
-    known = seen([response], eps=eps)
-    x = torch.full((1, 1), length, dtype=torch.float64)
+def test_a_backward_error_of_two_units_is_left(response, length, eps, loose):
+    known = seen(response, eps=eps, loose=loose)
     for part, stable in ((0.999, True), (1.001, False)):
-        q = part * 2 * eps * x / response
-        assert known.stable(norms(q), norms(x)) == [stable]
+        q, size = part * 2 * eps * length / response * ones(1, 1), np.array([length])
+        assert known.needless(q, size, size, 1e-30, "g") == [stable]
+        assert known.needless(q, size, None, 1e-30, "c") == [False]
+        assert known.needless(q, size, size, 1e-30, "image") == [False]
 
 
 def test_not_where_the_bound_of_it_is_poor():
-    x = torch.ones((1, 1), dtype=torch.float64)
     for part, stable in ((0.999, True), (1.001, False)):
-        q = part * 5e3 * EPS * 1e-6 * x  # 5000 units if it lay along the smallest singular vector
-        assert seen([1.0], floor=1e-6).stable(norms(q), norms(x)) == [stable]
+        q = part * 5e3 * EPS * 1e-6 * ones(1, 1)  # 5000 units, lay it along the smallest direction
+        assert seen(1.0, floor=1e-6).needless(q, np.ones(1), np.ones(1), EPS, "g") == [stable]
+
+
+def test_nothing_is_left_out_before_anything_was_seen():
+    known = Foresight(np.ones(()), EPS, False)
+    assert known.needless(0 * ones(1, 1), np.ones(1), np.ones(1), EPS, "g") == [False]
 
 
 def test_the_first_response_is_kept_and_of_its_columns_the_largest():
     q = torch.tensor([[[1.0, 0.0, 2.0]], [[0.0, 0.0, 0.0]]], dtype=torch.float64)
     known = Foresight(np.ones((2, 1)), EPS, False)
     with np.errstate(invalid="ignore"):
-        known.see(np.zeros((2, 3)), np.zeros((2, 3)))
+        known.see(0 * q, np.zeros((2, 3)))
         assert known.response is None  # nothing was to be seen
-        known.see(norms(q), np.array([[3.0, 0.0, 4.0], [0.0, 0.0, 0.0]]))
-    known.see(norms(q), np.full((2, 3), 100.0))
+        known.see(q, np.array([[3.0, 0.0, 4.0], [0.0, 0.0, 0.0]]))
+    known.see(q, np.full((2, 3), 100.0))
     np.testing.assert_array_equal(known.response, [[3.0], [np.nan]])
-    small = torch.full((2, 1, 3), 1e-18, dtype=torch.float64)
-    x = torch.ones((2, 1, 3), dtype=torch.float64)
-    assert known.stable(norms(small), norms(x)).tolist() == [[True] * 3, [False] * 3]
+    found = known.needless(1e-18 * ones(2, 1, 3), np.ones((2, 3)), np.ones((2, 3)), EPS, "g")
+    assert found.tolist() == [[True] * 3, [False] * 3]
+
+
+@pytest.mark.parametrize("damp", [None, 0.5, 1e-3])
+@pytest.mark.parametrize("cond", [1.5, 1e2, 1e4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_correction_is_about_as_long_as_foretold(family, cond, damp):
+    """|B dx| for a right-hand side g, from its residual and from what a solve with c showed."""
+    rng = np.random.default_rng(0)
+    A = FAMILIES[family](cond, rng)
+    m, n = A.shape
+    S = fl.SparsityPattern(*np.nonzero(A), A.shape)
+    op = SparseOp(S, torch.from_numpy(A[np.nonzero(A)]))
+    d = None if damp is None else torch.full((n,), damp, dtype=torch.float64)
+    core = prepare(op, d, Options())._problem.core
+    B, k = core.normal.B, 8
+    c, g = (torch.from_numpy(rng.standard_normal((size, k))) for size in (B.shape[0], n))
+    core.solve(c, None)
+    z = core._rough(g)
+    q = g - B.rmv(B.mv(z))
+    foretold, true = core._known.response * norms(q), norms(B.mv(core._rough(q)))
+    assert bool((foretold > true / 4).all() and (foretold < 15 * true).all())
 
 
 @pytest.fixture
@@ -130,8 +195,10 @@ def test_a_gradient_without_its_forward_solve_is_corrected(solves):
     S = fl.SparsityPattern(*np.nonzero(A), A.shape)
     values = torch.from_numpy(A[np.nonzero(A)])
     b = torch.randn(A.shape[0], dtype=torch.float64, requires_grad=True)
-    x = fl.lstsq(fl.Sparse(S, values), b, solver="cholesky")
-    clear_cache()
-    solves.clear()
-    x.sum().backward()
-    assert len(solves) > 1
+    for forget, count in ((False, 1), (True, 2)):
+        x = fl.lstsq(fl.Sparse(S, values), b, damp=0.5, solver="cholesky")  # damping tells the rank
+        if forget:
+            clear_cache()
+        solves.clear()
+        x.sum().backward()
+        assert len(solves) == count

@@ -104,9 +104,8 @@ def refine(
     def step(x: Tensor, dx: Tensor) -> Tensor:
         return x + dx
 
-    x, status, steps = _iterate(
-        B, rough, residual, step, lambda dx: dx, size, goal, False, known, c is not None
-    )
+    kind = "g" if c is None else "c"
+    x, status, steps = _iterate(B, rough, residual, step, lambda dx: dx, size, goal, kind, known)
     if r is None or bool(steps.any()):
         return x, status, steps, None
     return x, status, steps, r if passes is not None or c is None else r.neg_()
@@ -152,18 +151,19 @@ def refine_image(
         lambda dz: step(torch.zeros((), dtype=dz.dtype), dz),
         norms,
         goal,
-        True,
+        "image",
         known,
     )
 
 
 @np.errstate(all="ignore")  # ratios of corrections that are none, or leave the range
-def _iterate(B, rough, residual, step, start, energy, goal, image=False, known=None, fit=False):
+def _iterate(B, rough, residual, step, start, energy, goal, kind, known=None):
     """Refine until the corrections stop falling, per column; what decides that is NumPy's.
 
     ``energy`` gives |B x| of the x whose residual was taken last, None where it does not count.
-    ``fit`` says that the right-hand side has a part c.
+    ``kind`` is that of ``Foresight.needless``.
     """
+    image = kind == "image"
     q = residual(None)
     dx = rough(q)
     x = start(dx)
@@ -183,9 +183,8 @@ def _iterate(B, rough, residual, step, start, energy, goal, image=False, known=N
             break
         q = residual(x)
         if number == 1 and known is not None:
-            size = norms(q)
-            lengths = size, plain  # x is dx still; of an image its length is not asked for
-            left_out = ~done & _needless(lengths, x, energy, aim, goal, image, known, fit)
+            whole = energy(x) if known.loose else None
+            left_out = ~done & known.needless(q, plain, whole, goal, kind)
             done |= left_out
             if done.all():
                 break
@@ -193,13 +192,13 @@ def _iterate(B, rough, residual, step, start, energy, goal, image=False, known=N
             power = _power(*begun)
         dx = _conjugate_gradients(B, rough, q) if (inner & ~done).any() else rough(q)
         new_plain, new_power = norms(q if image else dx), _power(dx, q)
-        if number == 1 and known is not None and fit:
-            known.see(size, new_power)
+        if number == 1 and known is not None and kind == "c":
+            known.see(q, new_power)
         seen = []
         whole = energy(x)
         if whole is not None:
             seen.append((new_power / power, new_power / whole))
-        seen.append((new_plain / plain, new_plain / (aim if image else norms(x))))
+        seen.append((new_plain / plain, new_plain / (aim if image or number == 1 else norms(x))))
         rate, relative = seen[0]
         fast |= rate < _FAST
         # after fast ones, a correction that has stopped falling is rounding: leave it
@@ -223,16 +222,6 @@ def _iterate(B, rough, residual, step, start, energy, goal, image=False, known=N
     if not (left_out.all() or finite(x)):  # the norm of one that has no correction is finite
         status[~torch.isfinite(x).all(-2).cpu().numpy()] = int(Status.NONFINITE)
     return x, _like(status, x), _like(steps, x)
-
-
-def _needless(lengths, x, energy, aim, goal, image, known, fit):
-    """Whether the first correction is to be left out, per column; lengths are those of q and x."""
-    needless = np.zeros(aim.shape, dtype=bool)
-    if known.loose:
-        needless |= known.bounded(*lengths, energy(x), aim if image else None, goal)
-    if known.response is not None and not (fit or image or needless.all()):
-        needless |= known.stable(*lengths)
-    return needless
 
 
 def _like(numbers: np.ndarray, x: Tensor) -> Tensor:

@@ -24,11 +24,22 @@ import torch
 
 from tests.benchmarks import batches, factors, plots, scaling, suite, tables
 from tests.benchmarks.adjoints import adjoints
+from tests.benchmarks.gradient_errors import gradient_errors
 from tests.benchmarks.iteration import bandwidth, beyond_products, iteration
 from tests.benchmarks.peers import CONTESTANTS
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "assets" / "benchmarks"
-SECTIONS = ("main", "adjoints", "batch", "reuse", "memory", "iteration", "products", "scaling")
+SECTIONS = (
+    "main",
+    "adjoints",
+    "errors",
+    "batch",
+    "reuse",
+    "memory",
+    "iteration",
+    "products",
+    "scaling",
+)
 ADJOINTS = (
     "random",
     "grid",
@@ -40,6 +51,18 @@ ADJOINTS = (
     "bal-49",
     "landmark",
     "insteval",
+)
+ERRORS = (
+    "grid",
+    "grid-160k",
+    "bundle",
+    "terrain",
+    "tomography",
+    "near-dependent",
+    "well1033",
+    "illc1850",
+    "m3500",
+    "landmark",
 )
 QUICK = ("random", "grid", "well1033")
 FULL = (
@@ -108,6 +131,9 @@ def main() -> None:
             save()
     if "adjoints" in a.only:
         results["adjoints"] = adjoints(ADJOINTS[:2] if quick else ADJOINTS, n)
+        save()
+    if "errors" in a.only:
+        results["errors"] = gradient_errors(ERRORS[-2:-1] if quick else ERRORS)
         save()
     if "batch" in a.only:
         results["batch"] = batches.compare_batches(100 if quick else 1000, n)

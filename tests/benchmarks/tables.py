@@ -201,6 +201,17 @@ def adjoint_table(rows: list[Row]) -> str:
     return table(["problem", "solver", "forward", "backward", "backward / forward"], lines)
 
 
+def error_table(rows: list[Row]) -> str:
+    """Errors of gradients in the values and in b, and what told how many solves they take."""
+    lines = []
+    for row in rows:
+        pairs = [row["SPQR"], row["cholesky"]]
+        errors = ["" if p is None else f"{p[0]:.1e}, {p[1]:.1e}" for p in pairs]
+        foretold = "" if row["foretold"] is None else f"{row['foretold']:.2f}"
+        lines.append([row["problem"], *errors, str(row["solves"]), foretold])
+    return table(["problem", "SPQR", "cholesky", "solves", "foretold / true"], lines)
+
+
 def write(results: dict[str, Any], folder: Path) -> None:
     """Write each table as a file of its own."""
     rows = results.get("main", [])
@@ -208,6 +219,8 @@ def write(results: dict[str, Any], folder: Path) -> None:
     pages["targets"] = target_table(rows + results.get("batch", []))
     if results.get("adjoints"):
         pages["adjoints"] = adjoint_table(results["adjoints"])
+    if results.get("errors"):
+        pages["errors"] = error_table(results["errors"])
     if results.get("batch"):
         pages["batch"] = plain_table(results["batch"], "funclsq, vmap")
     if results.get("reuse"):
